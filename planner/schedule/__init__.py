@@ -1,0 +1,1 @@
+"""Schedules: actions and their text, families that generate them, validation, simulation."""

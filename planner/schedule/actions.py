@@ -1,0 +1,103 @@
+"""Actions, schedules, and their text form.
+
+A schedule is, for every rank, the ordered list of its compute actions. Transfers are not actions: they
+follow from the order. In text, an action is kind, stage, microbatch: `F0.3` runs the forward of
+microbatch 3 on stage 0. One line per rank, actions separated by blanks. (torch writes `0F3`, and its `B` is our `BW`.)
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple, Self
+
+from planner.errors import ScheduleError
+
+
+class Kind(StrEnum):
+    """What an action computes."""
+
+    F = "F"  # forward
+    B = "B"  # gradient of the input
+    W = "W"  # gradient of the weights
+    BW = "BW"  # both in one go
+
+
+class Action(NamedTuple):
+    """One compute action of one rank."""
+
+    kind: Kind
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.stage}.{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The action written as `text`; ScheduleError unless it is one, whole."""
+        match = _ACTION.fullmatch(text)
+        if match is None:
+            raise ScheduleError(f"{text!r} is not an action; write kind, stage, microbatch, like F0.3, B0.3, W0.3 or BW0.3")
+        return cls(Kind(match[1]), int(match[2]), int(match[3]))
+
+
+_ACTION = re.compile(r"(F|BW|B|W)(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of actions on every rank. Nothing is checked here: `planner.schedule.validation` does that."""
+
+    ranks: tuple[tuple[Action, ...], ...]
+
+    @classmethod
+    def from_orders(cls, orders: Iterable[Iterable[tuple[str, int, int]]]) -> Self:
+        """Build from (kind, stage, microbatch) triples, one iterable per rank."""
+        return cls(tuple(tuple(Action(Kind(k), s, j) for k, s, j in order) for order in orders))
+
+    @classmethod
+    def from_lines(cls, lines: Sequence[str]) -> Self:
+        """Read the text form, one string per rank; ScheduleError names rank and step of what it cannot read."""
+        ranks = []
+        for rank, line in enumerate(lines):
+            actions = []
+            for step, token in enumerate(line.split()):
+                try:
+                    actions.append(Action.parse(token))
+                except ScheduleError as error:
+                    raise ScheduleError(f"rank {rank}, step {step}: {error}") from None
+            ranks.append(tuple(actions))
+        return cls(tuple(ranks))
+
+    def to_lines(self) -> tuple[str, ...]:
+        """The text form, one string per rank."""
+        return tuple(" ".join(map(str, actions)) for actions in self.ranks)
+
+    def __str__(self) -> str:
+        return "\n".join(self.to_lines())
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the pipeline, p."""
+        return len(self.ranks)
+
+    @cached_property
+    def num_stages(self) -> int:
+        """One more than the largest stage index in use; 0 when empty."""
+        return 1 + max((action.stage for actions in self.ranks for action in actions), default=-1)
+
+    @cached_property
+    def num_microbatches(self) -> int:
+        """One more than the largest microbatch index in use; 0 when empty."""
+        return 1 + max((action.microbatch for actions in self.ranks for action in actions), default=-1)
+
+    @cached_property
+    def rank_of_stage(self) -> dict[int, int]:
+        """The placement: which rank hosts which stage (the first rank, where a broken schedule names two)."""
+        placement: dict[int, int] = {}
+        for rank, actions in enumerate(self.ranks):
+            for action in actions:
+                placement.setdefault(action.stage, rank)
+        return placement

@@ -1,0 +1,1 @@
+"""What is known about models, devices and clusters: facts, where they come from, and how they are read."""

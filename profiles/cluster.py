@@ -1,0 +1,132 @@
+"""What is known about machines: devices, links, and how a cluster is put together."""
+
+from functools import cached_property
+from typing import Literal, Self
+
+import networkx as nx
+from pydantic import Field, model_validator
+
+from profiles.facts import Bytes, Count, Facts, Fraction, NonNegative, Positive
+
+
+class Link(Facts):
+    """What one device gets out of a link, in one direction, measured or as its vendor prints it."""
+
+    bandwidth_bytes_per_s: Positive
+    latency_us: NonNegative
+    efficiency: Fraction = 1.0  # share of the bandwidth that large transfers reach
+
+    def transfer_us(self, num_bytes: float) -> float:
+        """Time of one point-to-point transfer of `num_bytes`, in µs."""
+        return self.latency_us + num_bytes / (self.bandwidth_bytes_per_s * self.efficiency) * 1e6
+
+    def all_reduce_us(self, num_bytes: float, degree: int) -> float:
+        """Time of a ring all-reduce of `num_bytes` on each of `degree` devices, in µs; 0 for one device.
+
+        2 (n − 1) steps, each one latency and 1/n of the payload.
+        """
+        return 2 * self.reduce_scatter_us(num_bytes, degree)
+
+    def reduce_scatter_us(self, num_bytes: float, degree: int) -> float:
+        """Time of a ring reduce-scatter or all-gather of `num_bytes` in total, in µs; 0 for one device."""
+        if degree == 1:
+            return 0.0
+        return (degree - 1) * self.transfer_us(num_bytes / degree)
+
+
+class DeviceSpec(Facts):
+    """One accelerator (or CPU) as its vendor prints it, and what share of that real kernels reach."""
+
+    name: str
+    kind: Literal["cuda", "rocm", "cpu"]
+    memory_bytes: Bytes
+    memory_bandwidth_bytes_per_s: Positive
+    peak_flops: dict[str, Positive]  # FLOP/s by dtype, dense
+    matmul_efficiency: Fraction  # best share of the peak that large matrix products reach
+    memory_efficiency: Fraction  # share of the bandwidth that elementwise kernels reach
+    kernel_launch_us: NonNegative
+    scale_up: Link  # to another device of the node
+    scale_out: Link  # to a device of another node
+    devices_per_node: Count  # in the usual node of this device
+    source: str
+
+
+class NodeGroup(Facts):
+    """Nodes of one kind."""
+
+    device: DeviceSpec
+    num_nodes: Count
+    devices_per_node: Count
+    intra_node: Link
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all nodes of this group."""
+        return self.num_nodes * self.devices_per_node
+
+
+class Cluster(Facts):
+    """Groups of nodes and the network between them."""
+
+    schema_version: Literal["pipewright.cluster/1"] = Field(default="pipewright.cluster/1", alias="schema")
+    name: str
+    groups: tuple[NodeGroup, ...] = Field(min_length=1)
+    inter_node: Link
+    nodes_per_pod: Count | None = None
+    inter_pod: Link | None = None
+    source: str
+
+    @model_validator(mode="after")
+    def _pods_have_links(self) -> Self:
+        if (self.nodes_per_pod is None) != (self.inter_pod is None):
+            raise ValueError("nodes_per_pod and inter_pod go together: give both or neither")
+        return self
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in the whole cluster."""
+        return sum(group.num_devices for group in self.groups)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes in the whole cluster."""
+        return sum(group.num_nodes for group in self.groups)
+
+    @cached_property
+    def node_of_device(self) -> tuple[int, ...]:
+        """Node index of every device index, shape (num_devices,); devices are numbered node by node."""
+        sizes = [group.devices_per_node for group in self.groups for _ in range(group.num_nodes)]
+        return tuple(node for node, size in enumerate(sizes) for _ in range(size))
+
+    def group_of_node(self, node: int) -> NodeGroup:
+        """The group that holds node `node` (from 0)."""
+        for group in self.groups:
+            if node < group.num_nodes:
+                return group
+            node -= group.num_nodes
+        raise IndexError(f"cluster {self.name!r} has {self.num_nodes} nodes")
+
+    def link_between(self, device_a: int, device_b: int) -> Link:
+        """The narrowest link on the way between two devices."""
+        node_a, node_b = self.node_of_device[device_a], self.node_of_device[device_b]
+        if node_a == node_b:
+            return self.group_of_node(node_a).intra_node
+        if self.nodes_per_pod is None or self.inter_pod is None:
+            return self.inter_node
+        return self.inter_node if node_a // self.nodes_per_pod == node_b // self.nodes_per_pod else self.inter_pod
+
+    def graph(self) -> nx.Graph:
+        """Devices, nodes and pods as a tree with a `link` on every edge.
+
+        Vertices are ("device", i), ("node", n), ("pod", k) and ("cluster", 0); the link of an edge is what
+        one device gets when its traffic takes that edge.
+        """
+        graph = nx.Graph(name=self.name)
+        per_pod = self.nodes_per_pod or self.num_nodes
+        for device, node in enumerate(self.node_of_device):
+            graph.add_edge(("device", device), ("node", node), link=self.group_of_node(node).intra_node)
+        for node in range(self.num_nodes):
+            graph.add_edge(("node", node), ("pod", node // per_pod), link=self.inter_node)
+        for pod in range(-(-self.num_nodes // per_pod)):
+            graph.add_edge(("pod", pod), ("cluster", 0), link=self.inter_pod or self.inter_node)
+        return graph

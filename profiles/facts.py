@@ -1,0 +1,108 @@
+"""The base of every fact, and how facts are read from and written to files.
+
+A fact is frozen, refuses unknown keys, NaN and infinity, and is checked once, when it is made.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from profiles.errors import FileError
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class Facts(BaseModel):
+    """Frozen, strict and finite; `load` and `save` speak JSON."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read one object from a JSON file; FileError names the file, the JSON path and the value."""
+        return parse_facts(cls, read_text(path), where=str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write this object as JSON, whole or not at all."""
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+
+
+FactsT = TypeVar("FactsT", bound=BaseModel)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file; FileError when there is none to be had."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def parse_facts(cls: type[FactsT], text: str, *, where: str) -> FactsT:
+    """Build `cls` from JSON text; FileError lists up to five wrong places as JSON paths."""
+    try:
+        return cls.model_validate_json(text)
+    except ValidationError as error:
+        raise FileError(_explain(error, where)) from None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    shown = []
+    for item in error.errors()[:5]:
+        if item["type"] == "json_invalid":
+            return f"{where}: not valid JSON ({item['ctx']['error']}); is the file complete?"
+        path = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
+        given = "" if item["type"] == "missing" else f" (given: {_shorten(item['input'])})"
+        shown.append(f"{path}: {item['msg']}{given}")
+    more = error.error_count() - len(shown)
+    tail = f"; and {more} more" if more > 0 else ""
+    return f"{where}: {'; '.join(shown)}{tail}"
+
+
+def _shorten(value: object, limit: int = 60) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write `text` to a temporary file beside `path`, then rename it into place."""
+    target = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(target)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise FileError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
+
+
+def canonical_json(facts: BaseModel) -> str:
+    """The one JSON text of these facts that hashes are taken of: sorted keys, no spaces."""
+    return json.dumps(facts.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))

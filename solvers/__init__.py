@@ -1,0 +1,1 @@
+"""Abstract scheduling and partition problems, their bounds and backends. Integers only."""
