@@ -1,1 +1,35 @@
-"""Facts in, plans out: the layout space, its price, its search, schedules, and the doors a Plan leaves through."""
+"""Facts in, plans out: the layout space, its price, its search, schedules, and the doors a Plan leaves through.
+
+    import planner
+
+    plan = planner.plan("llama-3.1-8b", cluster="2x8xh100-sxm", global_batch_size=256)
+    print(plan)
+    plan.save("plan.json")
+
+Names are loaded when first used: `import planner` loads neither a solver nor torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.api import json_schema, plan, validate
+    from planner.plans import Plan
+    from planner.scheduling import PipelineCosts, schedule_costs
+
+__all__ = ["PipelineCosts", "Plan", "json_schema", "plan", "schedule_costs", "validate"]
+
+_HOME = {
+    "PipelineCosts": "planner.scheduling",
+    "Plan": "planner.plans",
+    "json_schema": "planner.api",
+    "plan": "planner.api",
+    "schedule_costs": "planner.scheduling",
+    "validate": "planner.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'planner' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,394 @@
+"""The command line: parse, call one public function, print.
+
+The answer goes to stdout, talk to stderr. Exit 0 found, 1 no feasible answer, 2 wrong usage or bad input. Everything
+that loads a solver or torch is imported inside the command that needs it.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from profiles.errors import PipewrightError
+
+if TYPE_CHECKING:
+    from planner.executor.report import RunReport
+    from planner.search import SearchProgress
+
+app = typer.Typer(
+    name="pipewright",
+    help="Plans how to train a large network on a cluster: layout, pipeline schedule, and how far from optimal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+talk = Console(stderr=True, highlight=False)
+
+
+class DtypeName(StrEnum):
+    """Compute precisions."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+class RecomputeName(StrEnum):
+    """Activation recomputation."""
+
+    none = "none"
+    full = "full"
+
+
+class ObjectiveName(StrEnum):
+    """What a schedule minimises."""
+
+    span = "span"
+    makespan = "makespan"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable answer on stdout.")]
+TimeLimit = Annotated[float, typer.Option(min=0.01, help="Seconds of search.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+
+
+def main() -> None:
+    """Entry point: user errors become one message and an exit code; Ctrl-C ends with 130."""
+    try:
+        app()
+    except PipewrightError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted before there was an answer", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(1) from None
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"pipewright: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(version("pipewright"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Catalogue name, Hugging Face config.json, or a profile.")],
+    cluster: Annotated[str, typer.Option(help="Catalogue name, NODESxPER_NODExDEVICE, or a cluster file.")],
+    global_batch_size: Annotated[int, typer.Option(min=1, help="Sequences per optimizer step.")],
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence [default: the model's].")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Compute precision [default: the device's best].")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Pin the tensor-parallel degree.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Pin the pipeline-parallel degree.")] = None,
+    dp: Annotated[int | None, typer.Option(min=1, help="Pin the data-parallel degree.")] = None,
+    virtual_stages: Annotated[int | None, typer.Option(min=1, help="Pin the chunks per rank.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Pin the micro-batch size.")] = None,
+    zero: Annotated[int | None, typer.Option(min=0, max=1, help="Pin the ZeRO stage.")] = None,
+    recompute: Annotated[RecomputeName | None, typer.Option(help="Pin activation recomputation.")] = None,
+    family: Annotated[str, typer.Option(help="Schedule family, or auto: the best family or a solver's order.")] = "auto",
+    time_limit: TimeLimit = 30.0,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Save the plan here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose layout and schedule for a model on a cluster."""
+    from planner.api import plan as make_plan
+
+    if output is not None:
+        _check_writable(output)
+    with _search_progress() as on_progress:
+        found = make_plan(
+            model,
+            cluster,
+            global_batch_size=global_batch_size,
+            sequence_length=seq_len,
+            dtype=None if dtype is None else dtype.value,
+            tp=tp,
+            pp=pp,
+            dp=dp,
+            virtual_stages=virtual_stages,
+            micro_batch_size=micro_batch_size,
+            zero_stage=0 if zero == 0 else 1 if zero == 1 else None,
+            recompute=None if recompute is None else recompute.value,
+            family=family,
+            time_limit_s=time_limit,
+            seed=seed,
+            command=shlex.join(["pipewright", *sys.argv[1:]]),
+            on_progress=on_progress,
+        )
+    if output is not None:
+        found.save(output)
+        talk.print(f"saved {output}")
+    print(found.model_dump_json(indent=1) if as_json else found)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="Catalogue name or Hugging Face config.json of a GPT-2 or Llama kind.")],
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence [default: the model's].")] = None,
+    micro_batch_sizes: Annotated[str, typer.Option(help="Comma list of micro-batch sizes to measure.")] = "1,2,4",
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Change the number of blocks.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Compute precision.")] = DtypeName.float32,
+    device: Annotated[str, typer.Option(help="torch device to measure on.")] = "cpu",
+    recompute: Annotated[bool, typer.Option(help="Measure with full recomputation too.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads, as each process of the run will have.")] = 1,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed runs; the median counts.")] = 10,
+    warmups: Annotated[int, typer.Option(min=1, help="Runs before the timed ones.")] = 3,
+    links: Annotated[bool, typer.Option(help="Also measure transfers between two processes.")] = True,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Save the profile here.")] = Path("profile.json"),
+    as_json: Json = False,
+) -> None:
+    """Measure F, B, W times and memory of every layer on this device."""
+    _check_writable(output)
+    measure = _torch_part("profiles.measure")
+    from profiles.catalog import load_model_spec
+
+    spec = load_model_spec(model)
+    with _steps_progress("profiling") as on_step:
+        found = measure.profile_spec(
+            spec,
+            sequence_length=seq_len,
+            num_layers=num_layers,
+            micro_batch_sizes=_positive_integers(micro_batch_sizes, "--micro-batch-sizes"),
+            recompute=("none", "full") if recompute else ("none",),
+            dtype=dtype.value,
+            device=device,
+            num_threads=threads,
+            repeats=repeats,
+            warmups=warmups,
+            with_links=links,
+            on_progress=on_step,
+        )
+    found.save(output)
+    talk.print(f"saved {output}")
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        from planner.report.terminal import render_profile
+
+        print(render_profile(found))
+
+
+@app.command()
+def schedule(
+    ranks: Annotated[int, typer.Option("-p", "--ranks", min=1, help="Pipeline ranks.")],
+    microbatches: Annotated[int, typer.Option("-m", "--microbatches", min=1, help="Microbatches per step.")],
+    forward_us: Annotated[str, typer.Option(help="F: one number, or a comma list with one entry per stage.")],
+    backward_us: Annotated[str, typer.Option(help="B, the input gradient: likewise.")],
+    weight_us: Annotated[str, typer.Option(help="W, the weight gradient: likewise.")],
+    p2p_us: Annotated[float, typer.Option(min=0, help="Transfer between neighbouring stages.")] = 0.0,
+    virtual_stages: Annotated[int, typer.Option("-v", "--virtual-stages", min=1, help="Chunks per rank.")] = 1,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="Per rank, in units of --activation-bytes [default: none].")
+    ] = None,
+    activation_bytes: Annotated[int, typer.Option(min=1, help="M_B: taken by F, held to B.")] = 2,
+    weight_activation_bytes: Annotated[int, typer.Option(min=0, help="M_W: of that, held from B to W.")] = 1,
+    family: Annotated[str, typer.Option(help="auto, or a family's name.")] = "auto",
+    objective: Annotated[ObjectiveName, typer.Option(help="What auto minimises, and what the gap is of.")] = (
+        ObjectiveName.span
+    ),
+    solver: Annotated[str, typer.Option(help="Who makes auto's order: auto, or one backend's name.")] = "auto",
+    time_limit: TimeLimit = 30.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Schedule a pipeline from its costs alone."""
+    from planner.report.terminal import render_schedule
+    from planner.scheduling import PipelineCosts, schedule_costs
+
+    costs = PipelineCosts(
+        forward_us=_numbers(forward_us, "--forward-us"),
+        backward_us=_numbers(backward_us, "--backward-us"),
+        weight_us=_numbers(weight_us, "--weight-us"),
+        p2p_us=p2p_us,
+        activation_bytes=activation_bytes,
+        weight_activation_bytes=weight_activation_bytes,
+    )
+    with _spinner("scheduling") as say:
+        answer = schedule_costs(
+            costs,
+            num_ranks=ranks,
+            num_microbatches=microbatches,
+            virtual_stages=virtual_stages,
+            memory_limit=memory_limit,
+            family=family,
+            objective=objective.value,
+            solver=solver,
+            time_limit_s=time_limit,
+            seed=seed,
+            on_progress=lambda p: say(f"{p.solver}: best {p.objective_us} µs, bound {p.lower_bound_us} µs"),
+        )
+    if answer is None:
+        limit = "" if memory_limit is None else f" within {memory_limit:g} microbatches of memory per rank"
+        _fail(f"no {'schedule' if family == 'auto' else family + ' schedule'} found{limit}; raise the limit", 1)
+    print(answer.model_dump_json(indent=1) if as_json else render_schedule(answer))
+
+
+@app.command()
+def run(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan made from a bundled model's profile.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
+    seed: Seed = 0,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Precision to run in [default: the plan's].")] = None,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-4,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[str | None, typer.Option(help="gloo or nccl [default: by device].")] = None,
+    check: Annotated[bool, typer.Option(help="Also train in one process, and compare losses and gradients.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Save start and end of every action here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train as planned, here, under torchrun: losses, and measured against predicted."""
+    from planner.api import load_plan
+
+    loaded = load_plan(plan_file)
+    if trace is not None:
+        _check_writable(trace)
+    launch = _torch_part("planner.executor.launch")
+    with _steps_progress("training") as on_step:
+        report: RunReport = launch.run_plan(
+            loaded,
+            steps=steps,
+            seed=seed,
+            dtype=None if dtype is None else dtype.value,
+            learning_rate=learning_rate,
+            device=device,
+            backend=backend,
+            check=check,
+            trace_path=trace,
+            on_progress=on_step,
+        )
+    if as_json:
+        print(report.model_dump_json(indent=1))
+    else:
+        from planner.report.terminal import render_run
+
+        print(render_run(report, loaded))
+
+
+@app.command()
+def validate(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    as_json: Json = False,
+) -> None:
+    """Check that a plan file is whole, that its parts agree and that its schedule can run."""
+    from planner.api import validate as check_plan
+
+    loaded = check_plan(plan_file)
+    if as_json:
+        print(loaded.model_dump_json(indent=1))
+    else:
+        print(
+            f"{plan_file}: valid; {loaded.model.name} as {loaded.layout.degrees}, {loaded.family}, "
+            f"{sum(map(len, loaded.parsed_schedule.ranks))} actions on {loaded.layout.pp} ranks"
+        )
+
+
+@app.command()
+def catalog(
+    name: Annotated[str | None, typer.Argument(help="Show one entry whole.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the models, devices, clusters and schedule families there are."""
+    from planner.report.catalog import catalog_entry, catalog_names, render_catalog
+
+    if name is not None:
+        print(catalog_entry(name).model_dump_json(indent=1))
+    elif as_json:
+        import json
+
+        print(json.dumps(catalog_names(), indent=1))
+    else:
+        print(render_catalog())
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse at once what would fail after minutes of work."""
+    if not path.parent.is_dir():
+        _fail(f"{path}: its folder {path.parent} does not exist; make it, or choose another", 2)
+    if path.is_dir():
+        _fail(f"{path} is a folder; name a file", 2)
+
+
+def _torch_part(module: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        _fail("this command needs torch; install it with: pip install 'pipewright[torch]'", 2)
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        _fail(f"{option} {text!r}: give one number, or a comma list of numbers", 2)
+
+
+def _positive_integers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        _fail(f"{option} {text!r}: give a comma list of whole numbers from 1", 2)
+    return values
+
+
+@contextmanager
+def _spinner(what: str) -> Iterator[Callable[[str], None]]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=talk, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+@contextmanager
+def _search_progress() -> Iterator[Callable[["SearchProgress"], None]]:
+    with _spinner("reading the layout space") as say:
+
+        def on_progress(state: "SearchProgress") -> None:
+            say(
+                f"{state.phase}: {state.done} of {state.total} priced, best {state.best_us / 1e6:.3f} s, "
+                f"bound {state.lower_bound_us / 1e6:.3f} s"
+            )
+
+        yield on_progress
+
+
+@contextmanager
+def _steps_progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=talk, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda text, done, total: progress.update(task, description=text, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The Plan: what is saved, exported, reported and run.
+
+Everything a training job needs is inside: no catalogue, profile or cluster file has to be there when it runs.
+"""
+
+from functools import cached_property
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from planner.errors import PlanError, ScheduleError
+from planner.schedule.actions import Schedule
+from profiles.facts import Bytes, Count, Facts, NonNegative
+from profiles.model import Dtype, ModelSpec, Recompute
+
+ZeroStage = Literal[0, 1]
+
+
+class Layout(Facts):
+    """How the model is cut and where its parts run.
+
+    A process's global rank is (pipeline_rank × dp + data_rank) × tp + tensor_rank.
+    """
+
+    tp: Count = 1
+    pp: Count = 1
+    dp: Count = 1
+    cp: Count = 1
+    ep: Count = 1
+    virtual_stages: Count = 1
+    micro_batch_size: Count
+    num_microbatches: Count  # per data-parallel replica and step
+    zero_stage: ZeroStage = 0
+    recompute: Recompute = "none"
+    layers_per_stage: tuple[Count, ...]  # shape (pp × virtual_stages,), embedding and head counted as layers
+    rank_of_stage: tuple[int, ...]  # placement, shape (pp × virtual_stages,)
+    devices: tuple[int, ...]  # device index in the cluster of every global rank, shape (num_devices,)
+
+    @property
+    def num_devices(self) -> int:
+        """Processes the layout runs on."""
+        return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages, S = p · v."""
+        return self.pp * self.virtual_stages
+
+    @property
+    def degrees(self) -> str:
+        """One line that tells two layouts apart."""
+        chunks = f" v{self.virtual_stages}" if self.virtual_stages > 1 else ""
+        zero = f" zero{self.zero_stage}" if self.zero_stage else ""
+        recompute = f" recompute={self.recompute}" if self.recompute != "none" else ""
+        return f"tp{self.tp} pp{self.pp} dp{self.dp}{chunks} mbs{self.micro_batch_size}{zero}{recompute}"
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        for name in ("layers_per_stage", "rank_of_stage"):
+            if len(getattr(self, name)) != self.num_stages:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries, pp={self.pp} × virtual_stages="
+                    f"{self.virtual_stages} needs {self.num_stages}"
+                )
+        if set(self.rank_of_stage) != set(range(self.pp)):
+            raise ValueError(f"rank_of_stage {self.rank_of_stage} does not use exactly the ranks 0..{self.pp - 1}")
+        if len(self.devices) != self.num_devices or len(set(self.devices)) != self.num_devices:
+            raise ValueError(f"devices names {len(set(self.devices))} devices, the degrees need {self.num_devices}")
+        return self
+
+
+class StageCosts(Facts):
+    """One pipeline stage under this layout: times of one microbatch in µs, sizes per device in bytes."""
+
+    forward_us: NonNegative
+    backward_input_us: NonNegative
+    backward_weight_us: NonNegative
+    fused_backward_us: NonNegative
+    optimizer_us: NonNegative
+    parameter_bytes: Bytes
+    activation_bytes: Bytes
+    weight_activation_bytes: Bytes
+    output_bytes: Bytes
+    temporary_bytes: Bytes
+    transfer_us: NonNegative  # of its output to the next stage, and of that gradient back; 0 for the last
+
+
+class RankMemory(Facts):
+    """Peak memory of every device of one pipeline rank, in bytes, part by part."""
+
+    weight_bytes: Bytes
+    gradient_bytes: Bytes
+    optimizer_bytes: Bytes
+    activation_bytes: Bytes  # peak over the actual schedule
+    temporary_bytes: Bytes
+    buffer_bytes: Bytes  # in-flight boundary tensors
+    capacity_bytes: Bytes  # what a process may use: device memory less the reserve
+
+    @property
+    def total_bytes(self) -> int:
+        """All parts together."""
+        return (
+            self.weight_bytes
+            + self.gradient_bytes
+            + self.optimizer_bytes
+            + self.activation_bytes
+            + self.temporary_bytes
+            + self.buffer_bytes
+        )
+
+
+class Prediction(Facts):
+    """What one optimizer step is predicted to take. step = pipeline + exposed data-parallel + optimizer."""
+
+    step_time_us: NonNegative
+    pipeline_us: NonNegative  # makespan of the schedule, transfers included
+    exposed_data_parallel_us: NonNegative
+    optimizer_us: NonNegative
+    bubble_rate_span: NonNegative
+    bubble_rate_makespan: NonNegative
+    model_flops: NonNegative  # of one step over all devices
+    mfu: NonNegative  # against the dense peak of the dtype
+    tokens_per_s: NonNegative
+    memory: tuple[RankMemory, ...]  # shape (pp,)
+
+
+class Certificate(Facts):
+    """How far the plan can be from the best one, under the cost model, and who says so."""
+
+    objective_us: NonNegative
+    lower_bound_us: NonNegative  # on the step time of every layout and schedule of the space searched
+    lower_bound_kind: str
+    gap: NonNegative
+    status: Literal["optimal", "feasible"]
+    schedule_solver: str  # who made the schedule
+    schedule_lower_bound_us: NonNegative  # on the pipeline time of this layout alone
+    num_candidates: int
+    num_infeasible: int
+    num_pruned: int
+    num_evaluated: int
+    infeasible_reasons: dict[str, int]
+    interrupted: bool = False
+    seconds: NonNegative
+    seed: int
+    time_limit_s: NonNegative
+
+
+class Alternative(Facts):
+    """Another layout that was priced in full, for comparison."""
+
+    label: str
+    layout: str
+    family: str
+    step_time_us: NonNegative
+    mfu: NonNegative
+    peak_memory_bytes: Bytes
+
+
+class Provenance(Facts):
+    """What the plan was made from."""
+
+    pipewright_version: str
+    command: str
+    cluster: str
+    device: str
+    profile_origin: str
+    profile_sha256: str
+    cluster_sha256: str
+    assumptions: tuple[str, ...]
+
+
+class Plan(Facts):
+    """A layout, a schedule, what they are predicted to do, and how sure that is."""
+
+    schema_version: Literal["pipewright.plan/1"] = Field(default="pipewright.plan/1", alias="schema")
+    model: ModelSpec
+    architecture: Literal["gpt2", "llama"] | None = None  # bundled torch model that `pipewright run` builds
+    sequence_length: Count
+    global_batch_size: Count  # sequences per optimizer step
+    dtype: Dtype
+    layout: Layout
+    stages: tuple[StageCosts, ...]
+    family: str  # "1f1b", "zb-h1", ..., or "auto" when a solver made the order
+    schedule: tuple[str, ...]  # text form, one line per rank
+    prediction: Prediction
+    certificate: Certificate
+    alternatives: tuple[Alternative, ...] = ()
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        layout = self.layout
+        if len(self.stages) != layout.num_stages:
+            raise ValueError(f"stages has {len(self.stages)} entries, the layout has {layout.num_stages} stages")
+        per_step = layout.micro_batch_size * layout.num_microbatches * layout.dp
+        if per_step != self.global_batch_size:
+            raise ValueError(
+                f"micro_batch_size {layout.micro_batch_size} × num_microbatches {layout.num_microbatches} × dp {layout.dp}"
+                f" is {per_step}, not global_batch_size {self.global_batch_size}"
+            )
+        for name in ("schedule", "prediction.memory"):
+            rows = self.schedule if name == "schedule" else self.prediction.memory
+            if len(rows) != layout.pp:
+                raise ValueError(f"{name} has {len(rows)} rows, the layout has {layout.pp} pipeline ranks")
+        return self
+
+    @cached_property
+    def parsed_schedule(self) -> Schedule:
+        """The schedule as actions; PlanError if its text cannot be read."""
+        try:
+            return Schedule.from_lines(self.schedule)
+        except ScheduleError as error:
+            raise PlanError(f"plan.schedule: {error}") from None
+
+    def __str__(self) -> str:
+        from planner.report.terminal import render_plan
+
+        return render_plan(self)

@@ -1,0 +1,1 @@
+"""Plans and schedules for people: tables on the terminal."""

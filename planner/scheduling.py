@@ -1,0 +1,259 @@
+"""Schedules from costs: the bridge between stages priced in float µs and integer scheduling problems.
+
+Times are rounded to whole µs here, once per stage; solvers see nothing else of the facts.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.errors import LayoutError
+from planner.plans import StageCosts
+from planner.schedule.actions import Schedule
+from planner.schedule.families import FAMILIES, get_family
+from profiles.facts import Bytes, Facts, NonNegative
+from solvers.bounds import best_bound
+from solvers.pipeline import Order, PipelineProblem, PipelineScore, Status
+from solvers.registry import Progress, solve_pipeline
+
+Objective = Literal["span", "makespan"]
+
+
+def pipeline_problem(
+    stages: Sequence[StageCosts],
+    rank_of_stage: Sequence[int],
+    num_microbatches: int,
+    *,
+    splits_backward: bool,
+    capacity_bytes: Sequence[int] | None,
+    objective: Objective = "makespan",
+) -> PipelineProblem:
+    """The integer scheduling problem of these stages; `capacity_bytes` is what activations may take on each rank."""
+    backward = [s.backward_input_us if splits_backward else s.fused_backward_us for s in stages]
+    weight = [s.backward_weight_us if splits_backward else 0.0 for s in stages]
+    return PipelineProblem(
+        forward_us=tuple(round(s.forward_us) for s in stages),
+        backward_us=tuple(map(round, backward)),
+        weight_us=tuple(map(round, weight)),
+        split=(splits_backward,) * len(stages),
+        transfer_us=tuple(round(s.transfer_us) for s in stages[:-1]),
+        rank_of_stage=tuple(rank_of_stage),
+        num_microbatches=num_microbatches,
+        activation_bytes=tuple(s.activation_bytes for s in stages),
+        weight_activation_bytes=tuple(s.weight_activation_bytes for s in stages),
+        capacity_bytes=None if capacity_bytes is None else tuple(capacity_bytes),
+        objective=objective,
+    )
+
+
+def order_of(schedule: Schedule) -> Order:
+    """A schedule as solvers see it."""
+    from solvers.pipeline import Op
+
+    return tuple(tuple(Op(str(a.kind), a.stage, a.microbatch) for a in actions) for actions in schedule.ranks)
+
+
+class ScheduleAnswer(Facts):
+    """A schedule, its cost and how far it can be from the best; the `--json` of `pipewright schedule`."""
+
+    family: str
+    solver: str
+    status: Literal["optimal", "feasible"]
+    objective: Objective
+    span_us: int
+    makespan_us: int
+    bubble_rate_span: NonNegative
+    bubble_rate_makespan: NonNegative
+    lower_bound_us: int
+    lower_bound_kind: str
+    gap: NonNegative
+    peak_memory: tuple[Bytes, ...]  # per rank, in the unit of the activation bytes given
+    solve_seconds: NonNegative
+    seed: int
+    time_limit_s: NonNegative
+    limited_by_time: bool  # a wall-clock limit cut the search: another run may end elsewhere
+    interrupted: bool
+    schedule: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PipelineCosts:
+    """What `pipewright schedule` is given: µs per stage, and activation sizes in any one unit."""
+
+    forward_us: tuple[float, ...]  # shape (p · v,) or (1,) for equal stages, likewise the next two
+    backward_us: tuple[float, ...]
+    weight_us: tuple[float, ...]
+    p2p_us: float
+    activation_bytes: int = 2
+    weight_activation_bytes: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("forward_us", "backward_us", "weight_us"):
+            for value in getattr(self, name):
+                if not math.isfinite(value) or value < 0:
+                    raise LayoutError(f"{name}: {value} is not a time; give finite µs from 0")
+        if not math.isfinite(self.p2p_us) or self.p2p_us < 0:
+            raise LayoutError(f"p2p_us: {self.p2p_us} is not a time; give finite µs from 0")
+        if not 0 <= self.weight_activation_bytes or not 0 < self.activation_bytes:
+            raise LayoutError(
+                f"activation_bytes={self.activation_bytes}, weight_activation_bytes={self.weight_activation_bytes}: "
+                "the first must be positive and the second not negative"
+            )
+
+    def stages(self, rank_of_stage: Sequence[int]) -> tuple[StageCosts, ...]:
+        """One `StageCosts` per stage; LayoutError when a list has neither 1 nor S entries."""
+        num_stages = len(rank_of_stage)
+        columns = []
+        for name in ("forward_us", "backward_us", "weight_us"):
+            values = getattr(self, name)
+            if len(values) not in (1, num_stages):
+                raise LayoutError(
+                    f"{name} has {len(values)} entries; give one number, or one for each of the {num_stages} stages"
+                )
+            columns.append(values * num_stages if len(values) == 1 else values)
+        forward, backward, weight = columns
+        return tuple(
+            StageCosts(
+                forward_us=forward[s],
+                backward_input_us=backward[s],
+                backward_weight_us=weight[s],
+                fused_backward_us=backward[s] + weight[s],
+                optimizer_us=0.0,
+                parameter_bytes=0,
+                activation_bytes=self.activation_bytes,
+                weight_activation_bytes=self.weight_activation_bytes,
+                output_bytes=0,
+                temporary_bytes=0,
+                transfer_us=(
+                    self.p2p_us if s + 1 < num_stages and rank_of_stage[s] != rank_of_stage[s + 1] else 0.0
+                ),
+            )
+            for s in range(num_stages)
+        )
+
+
+def schedule_costs(
+    costs: PipelineCosts,
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    virtual_stages: int = 1,
+    memory_limit: float | None = None,
+    family: str = "auto",
+    objective: Objective = "span",
+    solver: str = "auto",
+    time_limit_s: float = 30.0,
+    seed: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> ScheduleAnswer | None:
+    """Schedule from costs alone; None when no schedule fits the memory or none was found in time.
+
+    `memory_limit` is in units of `costs.activation_bytes`, per rank. With a named family the answer is that family's
+    schedule, and its gap is against every schedule of these costs with a split backward.
+    """
+    chosen = None if family == "auto" else get_family(family)
+    placement_family = chosen or FAMILIES["interleaved-1f1b" if virtual_stages > 1 else "1f1b"]
+    if num_ranks < 1 or num_microbatches < 1 or virtual_stages < 1:
+        raise LayoutError(
+            f"p={num_ranks}, m={num_microbatches}, v={virtual_stages}: ranks, microbatches and chunks count from 1"
+        )
+    if memory_limit is not None and not (math.isfinite(memory_limit) and memory_limit > 0):
+        raise LayoutError(f"memory limit {memory_limit} is not a positive number of microbatches")
+    rank_of_stage = placement_family.placement(num_ranks, virtual_stages)
+    stages = costs.stages(rank_of_stage)
+    capacity = None if memory_limit is None else [math.floor(memory_limit * costs.activation_bytes)] * num_ranks
+    problem = pipeline_problem(
+        stages,
+        rank_of_stage,
+        num_microbatches,
+        splits_backward=True,
+        capacity_bytes=capacity,
+        objective=objective,
+    )
+    if chosen is None:
+        solution = solve_pipeline(
+            problem, solver=solver, time_limit_s=time_limit_s, seed=seed, on_progress=on_progress
+        )
+        if solution.order is None or solution.score is None:
+            return None
+        return _answer(
+            "auto",
+            solution.solver,
+            solution.status,
+            objective,
+            solution.score,
+            solution.lower_bound_us,
+            solution.lower_bound_kind,
+            solution.seconds,
+            solution.order,
+            seed=seed,
+            time_limit_s=time_limit_s,
+            limited_by_time=solution.limited_by_time,
+            interrupted=solution.interrupted,
+        )
+    obstacle = chosen.supports(num_ranks, num_microbatches, virtual_stages)
+    if obstacle:
+        raise LayoutError(f"family {chosen.name!r}: {obstacle}")
+    order = order_of(chosen.generate(num_ranks, num_microbatches, virtual_stages))
+    own = problem if chosen.splits_backward else pipeline_problem(
+        stages, rank_of_stage, num_microbatches, splits_backward=False, capacity_bytes=capacity, objective=objective
+    )
+    score = own.evaluate(order)
+    if not score.fits:
+        return None
+    bound = best_bound(problem)
+    status = Status.OPTIMAL if bound.value_us >= score.objective_us else Status.FEASIBLE
+    return _answer(
+        chosen.name,
+        "family",
+        status,
+        objective,
+        score,
+        bound.value_us,
+        bound.kind,
+        0.0,
+        order,
+        seed=seed,
+        time_limit_s=time_limit_s,
+        limited_by_time=False,
+        interrupted=False,
+    )
+
+
+def _answer(
+    family: str,
+    solver: str,
+    status: Status,
+    objective: Objective,
+    score: PipelineScore,
+    bound_us: int,
+    bound_kind: str,
+    seconds: float,
+    order: Iterable[Iterable[tuple[str, int, int]]],
+    *,
+    seed: int,
+    time_limit_s: float,
+    limited_by_time: bool,
+    interrupted: bool,
+) -> ScheduleAnswer:
+    return ScheduleAnswer(
+        family=family,
+        solver=solver,
+        status="optimal" if status is Status.OPTIMAL else "feasible",
+        objective=objective,
+        span_us=score.span_us,
+        makespan_us=score.makespan_us,
+        bubble_rate_span=score.bubble_rate_span,
+        bubble_rate_makespan=score.bubble_rate_makespan,
+        lower_bound_us=bound_us,
+        lower_bound_kind=bound_kind,
+        gap=max(0.0, (score.objective_us - bound_us) / score.objective_us) if score.objective_us else 0.0,
+        peak_memory=tuple(score.peak_bytes),
+        solve_seconds=round(seconds, 3),
+        seed=seed,
+        time_limit_s=time_limit_s,
+        limited_by_time=limited_by_time,
+        interrupted=interrupted,
+        schedule=Schedule.from_orders(order).to_lines(),
+    )
