@@ -1,0 +1,69 @@
+"""What a schedule family is: a rule that orders F, B and W for any pipeline, and where it puts the stages.
+
+A family lives in a file of its own, which ends in one `Family`; the registry in `planner.schedule.families`
+names it. Placements that several families share are here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planner.errors import ScheduleError
+from planner.schedule.actions import Schedule
+
+
+def linear(num_ranks: int, virtual_stages: int) -> tuple[int, ...]:
+    """Stage s on rank s // v, so consecutive stages share a rank. Shape (p · v,)."""
+    return tuple(stage // virtual_stages for stage in range(num_ranks * virtual_stages))
+
+
+def round_robin(num_ranks: int, virtual_stages: int) -> tuple[int, ...]:
+    """Stage s on rank s mod p, so chunk c of rank r is stage c · p + r. Shape (p · v,)."""
+    return tuple(stage % num_ranks for stage in range(num_ranks * virtual_stages))
+
+
+def only_one_stage_per_rank(num_ranks: int, num_microbatches: int, virtual_stages: int) -> str | None:
+    """The refusal of families that know no chunks: a reason unless v is 1."""
+    del num_ranks, num_microbatches
+    if virtual_stages == 1:
+        return None
+    return f"it runs one stage per rank, not {virtual_stages}; choose 1, or an interleaved family"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One rule that orders a pipeline's actions.
+
+    The three callables take (num_ranks, num_microbatches, virtual_stages), `place` without the microbatches;
+    they are called with numbers of at least one, and `build` only where `refuse` gave no reason.
+    """
+
+    name: str  # what users type
+    title: str
+    source: str  # paper, arXiv number, section
+    splits_backward: bool  # B and W apart; False: one BW
+    build: Callable[[int, int, int], Schedule]
+    place: Callable[[int, int], tuple[int, ...]] = linear
+    refuse: Callable[[int, int, int], str | None] = only_one_stage_per_rank
+
+    def supports(self, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> str | None:
+        """Why this family has no schedule for these numbers; None when it has one."""
+        for name, value in (
+            ("num_ranks", num_ranks),
+            ("num_microbatches", num_microbatches),
+            ("virtual_stages", virtual_stages),
+        ):
+            if value < 1:
+                return f"{name} is {value}, it must be at least 1"
+        return self.refuse(num_ranks, num_microbatches, virtual_stages)
+
+    def generate(self, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> Schedule:
+        """The order of every rank; ScheduleError with the reason of `supports` where there is none."""
+        reason = self.supports(num_ranks, num_microbatches, virtual_stages)
+        if reason is not None:
+            numbers = f"p={num_ranks} m={num_microbatches} v={virtual_stages}"
+            raise ScheduleError(f"{self.name} has no schedule for {numbers}: {reason}")
+        return self.build(num_ranks, num_microbatches, virtual_stages)
+
+    def placement(self, num_ranks: int, virtual_stages: int = 1) -> tuple[int, ...]:
+        """The rank of every stage, shape (p · v,)."""
+        return self.place(num_ranks, virtual_stages)
