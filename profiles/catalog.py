@@ -70,7 +70,7 @@ def load_model_spec(text: str) -> ModelSpec:
     if text in model_names():
         return model(text)
     path = Path(text)
-    if _is_directory(path):
+    if text and _is_directory(path):
         path /= "config.json"
         if not _is_file(path):
             raise FileError(f"{text}: this directory holds no config.json")
@@ -91,7 +91,7 @@ def load_cluster(text: str) -> Cluster:
     if text in cluster_names():
         return cluster(text)
     path = Path(text)
-    if _is_directory(path):
+    if text and _is_directory(path):
         raise FileError(f"{text}: is a directory; give the path of a cluster file")
     if _is_file(path) or _looks_like_path(text):
         return _parse_cluster(read_text(path), where=str(path))
