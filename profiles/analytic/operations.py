@@ -1,0 +1,263 @@
+"""The operations layers are made of, each with its time, FLOPs and bytes on one of `tp` devices.
+
+What a framework is assumed to do is decided here, operation by operation:
+
+- Sequence parallelism goes with tensor parallelism (arXiv 2205.05198): matrix products are split over the
+  devices, norms, dropout and residuals over the sequence. What is kept between F, B and W is kept as
+  shards; gathering them again for W is taken to hide behind its products.
+- Kernels are fused as in Megatron-LM or under torch.compile: a norm, a gated activation, or a dropout with
+  the residual it is added to is one pass over memory.
+- There is dropout where the norm is a LayerNorm (GPT-2, GPT-3 and their like), none with RMSNorm (Llama).
+- Flash attention keeps its inputs, its output and one number per row and head, never the scores.
+- W is the weight gradients of matrix products and their addition to the accumulated gradient. The
+  gradients of norms and biases are small and stay in B.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from profiles.analytic.kernels import CAUSAL_BLOCK, Machine
+from profiles.errors import ProfileError
+from profiles.model import ModelSpec, Variant
+
+AttentionKernel = Literal["flash", "unfused"]
+
+VOCABULARY_MULTIPLE = 128  # Megatron-LM pads the vocabulary to a multiple of this times tp
+FLASH_BACKWARD_FACTOR = 2.5  # five products against two: the scores are computed again
+ROW_STATISTIC_BYTES = 4  # the log-sum-exp of one row of scores, in fp32
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of a layer on one device: times in µs, sizes in bytes, for one microbatch."""
+
+    name: str
+    forward_us: float = 0.0
+    backward_us: float = 0.0  # B
+    weight_us: float = 0.0  # W
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+    weight_flops: float = 0.0
+    saved_bytes: float = 0.0  # kept from F to B; a tensor that two operations keep is counted by one
+    weight_saved_bytes: float = 0.0  # kept from B to W
+    transient_bytes: float = 0.0  # the most it allocates on top while it runs
+    num_parameters: float = 0.0  # on this device
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one of `tp` devices holds of a model; ProfileError for a tp that does not divide it."""
+
+    spec: ModelSpec
+    variant: Variant
+    machine: Machine
+    attention_kernel: AttentionKernel = "flash"
+
+    def __post_init__(self) -> None:
+        spec, tp = self.spec, self.variant.tp
+        if self.variant.cp > 1 or self.variant.ep > 1:
+            raise ProfileError(
+                f"model {spec.name!r} at {self.variant}: estimates know tensor parallelism only; "
+                "ask for cp=1 and ep=1, or measure a profile"
+            )
+        self._must_divide("num_heads", spec.num_heads)
+        self._must_divide("sequence_length", self.variant.sequence_length)
+        if spec.moe is None or spec.moe.num_dense_layers:
+            self._must_divide("ffn_size", spec.ffn_size)
+        if spec.moe is not None:
+            self._must_divide("moe.expert_ffn_size", spec.moe.expert_ffn_size)
+        heads = spec.num_kv_heads
+        if spec.latent_attention is None and max(heads, tp) % min(heads, tp):
+            raise ProfileError(
+                f"model {spec.name!r} has num_kv_heads {heads}: tp={tp} neither divides it nor is a multiple "
+                f"of it; choose tp from the divisors and multiples of {heads}"
+            )
+
+    def _must_divide(self, name: str, size: int) -> None:
+        tp = self.variant.tp
+        if size % tp:
+            raise ProfileError(
+                f"model {self.spec.name!r} has {name} {size}, which tp={tp} does not divide; "
+                f"choose a tp that divides {size}"
+            )
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one activation or weight."""
+        return self.machine.element_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one microbatch."""
+        return self.variant.micro_batch_size * self.variant.sequence_length
+
+    @property
+    def hidden_bytes(self) -> float:
+        """Hidden states of one microbatch, whole."""
+        return self.num_tokens * self.spec.hidden_size * self.element_bytes
+
+    @property
+    def shard_bytes(self) -> float:
+        """Hidden states of this device's part of the sequence."""
+        return self.hidden_bytes / self.variant.tp
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the model is taken to be trained with dropout."""
+        return self.spec.norm == "layernorm"
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding on this device, padding included."""
+        multiple = VOCABULARY_MULTIPLE * self.variant.tp
+        return ceil(self.spec.vocab_size / multiple) * VOCABULARY_MULTIPLE
+
+    @property
+    def heads(self) -> int:
+        """Query heads of this device."""
+        return self.spec.num_heads // self.variant.tp
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of this device; with fewer heads than devices, each is held more than once."""
+        return max(1, self.spec.num_kv_heads // self.variant.tp)
+
+    def linear(
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        *,
+        kept_inputs: float,
+        kept_outputs: float,
+        rows: float | None = None,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> Operation:
+        """Y = X W with `inputs` × `outputs` weights on this device; X has one row per token unless told.
+
+        B is dX = dY Wᵀ and W is dW = Xᵀ dY: the FLOPs of F in other shapes. `kept_inputs` and
+        `kept_outputs` are elements per token of the microbatch: what this device keeps of X from F to W,
+        and of dY from B to W. With `groups` (experts), each has its own weights and an even part of `rows`.
+        """
+        machine, tokens = self.machine, self.num_tokens
+        rows = tokens if rows is None else rows
+        group_rows, weights = rows / groups, inputs * outputs * groups
+        flops = 2.0 * rows * inputs * outputs
+        return Operation(
+            name,
+            forward_us=machine.matmul_us(group_rows, outputs, inputs, groups=groups),
+            backward_us=machine.matmul_us(group_rows, inputs, outputs, groups=groups),
+            weight_us=machine.matmul_us(inputs, outputs, group_rows, groups=groups)
+            + self.accumulate_us(weights),
+            forward_flops=flops,
+            backward_flops=flops,
+            weight_flops=flops,
+            saved_bytes=tokens * kept_inputs * self.element_bytes,
+            weight_saved_bytes=tokens * (kept_inputs + kept_outputs) * self.element_bytes,
+            transient_bytes=max(rows * (inputs + outputs), weights) * self.element_bytes,
+            num_parameters=weights + (outputs * groups if bias else 0),
+        )
+
+    def accumulate_us(self, num_parameters: float) -> float:
+        """Adding a fresh weight gradient to the accumulated one: two reads and a write."""
+        return self.machine.memory_us(3 * num_parameters * self.element_bytes)
+
+    def elementwise(
+        self,
+        name: str,
+        *,
+        forward: float,
+        backward: float,
+        saved: float = 0.0,
+        transient: float = 0.0,
+        num_parameters: float = 0.0,
+    ) -> Operation:
+        """One pass over memory each way: bytes read and written in F and in B, saved, and transient."""
+        return Operation(
+            name,
+            forward_us=self.machine.memory_us(forward),
+            backward_us=self.machine.memory_us(backward),
+            saved_bytes=saved,
+            transient_bytes=transient,
+            num_parameters=num_parameters,
+        )
+
+    def norm(self, name: str, width: int | None = None) -> Operation:
+        """LayerNorm or RMSNorm of this part of the sequence: y from x; dx from x and dy. Keeps x."""
+        width = self.spec.hidden_size if width is None else width
+        size = self.num_tokens * width * self.element_bytes / self.variant.tp
+        num_parameters = width * (2 if self.spec.norm == "layernorm" else 1)
+        return self.elementwise(
+            name, forward=2 * size, backward=3 * size, saved=size, num_parameters=num_parameters
+        )
+
+    def residual(self, name: str) -> Operation:
+        """The sum with the residual after dropout; in B two gradients are summed. Keeps the mask."""
+        size = self.shard_bytes
+        if not self.has_dropout:
+            return self.elementwise(name, forward=3 * size, backward=3 * size)
+        mask = size / self.element_bytes  # one byte per element
+        return self.elementwise(name, forward=3 * size + mask, backward=5 * size + mask, saved=mask)
+
+    def collective(self, name: str, num_bytes: float | None = None) -> Operation:
+        """All-gather along the sequence in F and reduce-scatter in B, or the other way round."""
+        time_us = self.machine.gather_us(self.hidden_bytes if num_bytes is None else num_bytes)
+        return Operation(name, forward_us=time_us, backward_us=time_us)
+
+    def activation(self, name: str, width: float, rows: float) -> Operation:
+        """GeLU of `width` values per row, or silu(gate) · up of two times as many. Keeps what it read."""
+        size = rows * width * self.element_bytes
+        read = 2 * size if self.spec.gated_mlp else size
+        return self.elementwise(
+            name, forward=read + size, backward=2 * read + size, saved=read, transient=read + size
+        )
+
+    def attention(self, qk_dim: int, value_dim: int, kv_heads: int) -> Operation:
+        """softmax(Q Kᵀ) V, causal, for the heads of this device; without weights, so all of it is F and B.
+
+        Flash attention computes the scores on and under the diagonal, in blocks. Keeps Q, K and V; the
+        output is kept by the projection that reads it.
+        """
+        tokens, length, size = self.num_tokens, self.variant.sequence_length, self.element_bytes
+        inputs = tokens * (self.heads * qk_dim + kv_heads * (qk_dim + value_dim)) * size
+        output = tokens * self.heads * value_dim * size
+        if self.attention_kernel == "unfused":
+            return self._unfused_attention(qk_dim, value_dim, inputs, output)
+        scores_per_row = (length + min(length, CAUSAL_BLOCK)) / 2
+        flops = 2.0 * tokens * self.heads * (qk_dim + value_dim) * scores_per_row
+        backward_flops = FLASH_BACKWARD_FACTOR * flops
+        head_dim, moved = (qk_dim + value_dim) / 2, inputs + output
+        return Operation(
+            "attention",
+            forward_us=self.machine.flash_attention_us(flops, head_dim, moved),
+            backward_us=self.machine.flash_attention_us(backward_flops, head_dim, 2 * moved + output),
+            forward_flops=flops,
+            backward_flops=backward_flops,
+            saved_bytes=inputs + tokens * self.heads * ROW_STATISTIC_BYTES,
+            transient_bytes=moved,
+        )
+
+    def _unfused_attention(self, qk_dim: int, value_dim: int, inputs: float, output: float) -> Operation:
+        """As before flash attention: all scores computed, then masked; softmax and dropout in memory."""
+        machine, length, size = self.machine, self.variant.sequence_length, self.element_bytes
+        groups = self.variant.micro_batch_size * self.heads
+        scores = float(groups * length * length)
+        mask, dropped = (scores, 2 * scores * size) if self.has_dropout else (0.0, 0.0)
+        to_scores_us = machine.matmul_us(length, length, qk_dim, groups=groups)
+        to_values_us = machine.matmul_us(length, value_dim, length, groups=groups)
+        score_gradient_us = machine.matmul_us(length, length, value_dim, groups=groups)
+        qk_gradient_us = machine.matmul_us(length, qk_dim, length, groups=groups)
+        softmax_us = machine.memory_us(2 * scores * size + dropped + mask)
+        softmax_gradient_us = machine.memory_us(3 * scores * size + dropped + mask)
+        flops = 2.0 * scores * (qk_dim + value_dim)
+        return Operation(
+            "attention",
+            forward_us=to_scores_us + softmax_us + to_values_us,
+            backward_us=to_values_us + score_gradient_us + softmax_gradient_us + 2 * qk_gradient_us,
+            forward_flops=flops,
+            backward_flops=2 * flops,
+            saved_bytes=inputs + scores * size * (2 if self.has_dropout else 1) + mask,
+            transient_bytes=inputs + output + 2 * scores * size,
+        )
