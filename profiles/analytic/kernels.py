@@ -15,8 +15,8 @@ HALF_WAVE_ELEMENTS = {"cuda": 128 * 256 * 108 // 2, "rocm": 128 * 256 * 108 // 2
 """Elements of the result that are idle in the last wave, on average, by kind of device.
 
 A matrix product cuts its result into tiles, one per multiprocessor at a time; the last round is on
-average half full. The tile (128 × 256) and the number of multiprocessors (108) are the A100's; others
-differ by less than two either way. A CPU has too few cores for it to show.
+average half full. The tile (128 × 256) and the number of multiprocessors (108) are the A100's; most other
+GPUs are within a factor of two of that. A CPU has too few cores for it to show.
 """
 
 TILE_PASSES = 2
