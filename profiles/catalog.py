@@ -193,7 +193,9 @@ def _shipped(kind: str, name: str) -> str:
 
 def _did_you_mean(text: str, known: Iterable[str]) -> str:
     plain = text.lower().replace("_", "-").replace(" ", "-").rsplit("/", 1)[-1]
-    close = difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
+    known = tuple(known)
+    close = [name for name in known if plain and name.startswith(plain)][:3]
+    close = close or difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
