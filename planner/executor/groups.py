@@ -1,0 +1,134 @@
+"""Who is who: the process group, this process's coordinates in the layout, and the groups it talks in.
+
+A global rank is (pipeline_rank × dp + data_rank) × tp + tensor_rank, as in `planner.plan.Layout`.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from planner.errors import ExecutionError
+from planner.plan import Layout
+from planner.schedule.transfers import Transfer
+
+Channel = tuple[int, int, Literal["activation", "gradient"]]  # from pipeline rank, to pipeline rank, kind
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where a process sits in the layout."""
+
+    global_rank: int
+    pipeline_rank: int
+    data_rank: int
+    tensor_rank: int
+
+    @classmethod
+    def of(cls, layout: Layout, global_rank: int) -> "Coordinates":
+        """Coordinates of a global rank."""
+        rest, tensor_rank = divmod(global_rank, layout.tp)
+        pipeline_rank, data_rank = divmod(rest, layout.dp)
+        return cls(global_rank, pipeline_rank, data_rank, tensor_rank)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of one process."""
+
+    coordinates: Coordinates
+    backend: str
+    device: torch.device
+    mesh: DeviceMesh  # dimensions pp, dp, tp
+    owns_world: bool  # the default group was made here, and is destroyed here
+
+    @property
+    def pipeline(self) -> dist.ProcessGroup:
+        """The ranks of this pipeline, in pipeline order."""
+        return self.mesh.get_group("pp")
+
+    @property
+    def data(self) -> dist.ProcessGroup:
+        """The processes that hold the same stages."""
+        return self.mesh.get_group("dp")
+
+
+def refuse_unsupported(layout: Layout) -> None:
+    """ExecutionError for degrees this executor cannot run."""
+    for axis in ("tp", "cp", "ep"):
+        degree = getattr(layout, axis)
+        if degree > 1:
+            raise ExecutionError(
+                f"{axis}={degree} is not yet run by this executor, which runs pp × dp; "
+                f"plan with {axis}=1 to run here, or export the plan ({layout.degrees})"
+            )
+
+
+def connect(layout: Layout, device: torch.device | None, backend: str | None, timeout: timedelta) -> Groups:
+    """Join the job. Uses the default process group where there is one, else makes it from torchrun's
+    environment.
+
+    ExecutionError when the number of processes is not what the layout needs.
+    """
+    wanted = layout.num_devices
+    owns_world = not dist.is_initialized()
+    found = int(os.environ.get("WORLD_SIZE", "1")) if owns_world else dist.get_world_size()
+    if found != wanted:
+        raise ExecutionError(
+            f"the plan's layout {layout.degrees} runs on {wanted} processes, this job has {found}; start "
+            f"it with: torchrun --standalone --nproc-per-node {wanted} {sys.argv[0] or 'your_script.py'}"
+        )
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if owns_world:
+        backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+        on_device = device if device.type == "cuda" else None
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout, device_id=on_device)
+        else:  # one process outside torchrun needs no rendezvous
+            store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in its __all__
+            dist.init_process_group(
+                backend, timeout=timeout, device_id=on_device, store=store, rank=0, world_size=1
+            )
+    mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
+    return Groups(
+        coordinates=Coordinates.of(layout, dist.get_rank()),
+        backend=dist.get_backend(),
+        device=device,
+        mesh=mesh,
+        owns_world=owns_world,
+    )
+
+
+def channel_of(transfer: Transfer) -> Channel:
+    """The channel a transfer takes."""
+    return transfer.from_rank, transfer.to_rank, transfer.kind
+
+
+def channel_groups(
+    groups: Groups, channels: list[Channel], timeout: timedelta
+) -> dict[Channel, dist.ProcessGroup]:
+    """A group of two for each of `channels`, the ones this rank sends or receives on; connected on return.
+
+    NCCL runs what is in one communicator in order, so a receive that waits would hold up everything behind
+    it: every channel gets its own. Both ends meet here in the same order (sorted), so nobody waits in a
+    circle.
+    """
+    members = dist.get_process_group_ranks(groups.pipeline)
+    made: dict[Channel, dist.ProcessGroup] = {}
+    probe = torch.zeros(1, device=groups.device)
+    for channel in sorted(channels):
+        ends = [members[channel[0]], members[channel[1]]]
+        group = dist.new_group(ends, timeout=timeout, use_local_synchronization=True)
+        dist.all_reduce(probe, group=group)
+        made[channel] = group
+    return made

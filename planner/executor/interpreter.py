@@ -1,0 +1,163 @@
+"""Runs one rank's program: F, B, W and BW in the planned order, each as soon as its tensor is there.
+
+What an action holds, and until when. F holds the graph from the stage's input to its output until B or BW of
+the same microbatch; the output itself only until it has been received. B leaves what the weight gradients
+need in a store, W empties it. Losses are keyed by microbatch, so any order of microbatches gives the same
+result.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from planner.errors import ExecutionError
+from planner.executor.program import RankProgram, Step
+from planner.executor.stage import Stage
+from planner.executor.trace import Tracer
+from planner.executor.transport import Transport
+from planner.schedule.actions import Kind
+from profiles.measure.split_backward import WeightGradStore
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class _Graph(NamedTuple):
+    """What F leaves for B or BW."""
+
+    leaf: Tensor | None  # the stage's input; None on the first stage
+    root: GradientEdge | None  # None when nothing in the stage requires a gradient
+    loss: Tensor | None  # on the last stage, instead of a gradient from the next
+    store: WeightGradStore | None  # when the backward is split
+
+
+class Interpreter:
+    """One rank's state during a step. `gradient_scale` multiplies every loss before its backward."""
+
+    def __init__(
+        self,
+        program: RankProgram,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        loss_fn: LossFunction,
+        tracer: Tracer,
+        *,
+        gradient_scale: float,
+    ) -> None:
+        self._program = program
+        self._stages = stages
+        self._transport = transport
+        self._loss_fn = loss_fn
+        self._tracer = tracer
+        self._scale = gradient_scale
+        self._inputs: Sequence[Tensor] = ()
+        self._targets: Sequence[Tensor] = ()
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._stores: dict[tuple[int, int], WeightGradStore] = {}
+        # Between stages of this rank; keyed by the stage that takes it.
+        self._activations: dict[tuple[int, int], Tensor] = {}
+        self._gradients: dict[tuple[int, int], Tensor] = {}
+        self._losses: dict[int, Tensor] = {}
+        self.peak_graphs = 0  # most (stage, microbatch) held between F and B at once in this step
+
+    def run(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+        """Run the program once; `inputs` and `targets` have one tensor per microbatch, where this rank needs
+        them.
+
+        Returns the unscaled losses in microbatch order on the rank of the last stage, else nothing. Gradients
+        are added to `.grad`.
+        """
+        self._inputs, self._targets = inputs, targets
+        self.peak_graphs = 0
+        run = {Kind.F: self._forward, Kind.B: self._backward, Kind.BW: self._backward, Kind.W: self._weight}
+        tracer, transport = self._tracer, self._transport
+        transport.begin()
+        for step in self._program.steps:
+            kind, stage, microbatch = step.action
+            waiting = start = tracer.mark()
+            received = None
+            if step.receive is not None:
+                received = transport.receive(step.receive, step.delivered)
+                start = tracer.mark()
+            result = run[kind](step, received)
+            tracer.record(kind.value, stage, microbatch, waiting, start)
+            if step.send is not None:
+                assert result is not None
+                transport.send(step.send, result)
+            del received, result
+        waiting = tracer.mark()
+        transport.finish()
+        tracer.record("drain", None, None, waiting, waiting)
+        self._inputs = self._targets = ()
+        losses, self._losses = self._losses, {}
+        return [losses[microbatch] for microbatch in sorted(losses)]
+
+    def _forward(self, step: Step, received: Tensor | None) -> Tensor | None:
+        """Returns what is to be sent."""
+        _, index, microbatch = step.action
+        key = index, microbatch
+        leaf = None
+        if index == 0:
+            value = self._inputs[microbatch]
+        else:
+            value = leaf = (self._activations.pop(key) if received is None else received).requires_grad_()
+        store = WeightGradStore() if key in self._program.split else None
+        output: Tensor = self._stages[index](value, store)
+        loss = None
+        if index == self._program.num_stages - 1:
+            loss = self._loss(output, microbatch)
+            self._losses[microbatch] = loss.detach()
+        root = None
+        if loss is None and output.requires_grad:
+            root = get_gradient_edge(output)
+        self._graphs[key] = _Graph(leaf, root, loss, store)
+        self.peak_graphs = max(self.peak_graphs, len(self._graphs))
+        if loss is not None:
+            return None
+        if not output.is_floating_point():
+            raise ExecutionError(
+                f"stage {index} made {output.dtype}; between stages tensors are floating point"
+            )
+        if step.send is None:
+            self._activations[index + 1, microbatch] = output.detach()
+            return None
+        return output.detach()
+
+    def _loss(self, output: Tensor, microbatch: int) -> Tensor:
+        loss = self._loss_fn(output, self._targets[microbatch])
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ExecutionError(
+                f"loss_fn returned {what} for microbatch {microbatch}; it must return one number"
+            )
+        return loss
+
+    def _backward(self, step: Step, received: Tensor | None) -> Tensor | None:
+        """B and BW: the split ones put their weight part into the store of their forward."""
+        _, index, microbatch = step.action
+        key = index, microbatch
+        leaf, root, loss, store = self._graphs.pop(key)
+        if loss is not None:
+            if loss.requires_grad:
+                torch.autograd.backward(loss, torch.full_like(loss, self._scale))
+            del loss
+        else:
+            gradient = self._gradients.pop(key) if received is None else received
+            if root is not None:
+                torch.autograd.backward(root, gradient)
+            del gradient
+        if store is not None:
+            self._stores[key] = store
+        if leaf is None:
+            return None
+        input_gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        if step.send is None:
+            self._gradients[index - 1, microbatch] = input_gradient
+            return None
+        return input_gradient
+
+    def _weight(self, step: Step, received: Tensor | None) -> None:  # noqa: ARG002 (one signature for all four kinds)
+        _, index, microbatch = step.action
+        self._stores.pop((index, microbatch)).run()

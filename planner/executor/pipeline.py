@@ -1,0 +1,260 @@
+"""A Plan, run: this process's part of the model, and one call per optimizer step.
+
+    with Pipeline(plan, layers, loss_fn) as pipe:      # under torchrun, one process per device
+        optimizer = pipe.make_optimizer(torch.optim.AdamW, lr=1e-4)
+        for inputs, targets in batches:                # this data rank's share of the global batch
+            optimizer.zero_grad()
+            loss = pipe.step(inputs, targets)          # the mean loss on the last stage, None elsewhere
+            optimizer.step()
+
+The gradients after `step` are those of the mean loss over the global batch, on every process for the
+parameters it holds.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from itertools import accumulate
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from planner.errors import ExecutionError
+from planner.executor.gradients import add_gradients, reduce_gradients, take_gradients
+from planner.executor.groups import Coordinates, channel_groups, channel_of, connect, refuse_unsupported
+from planner.executor.interpreter import Interpreter, LossFunction
+from planner.executor.program import rank_program
+from planner.executor.stage import Layer, Stage, build_layer
+from planner.executor.trace import RankTrace, Trace, Tracer
+from planner.executor.transport import Transport
+from planner.plan import Plan
+from planner.schedule.validation import check
+
+
+class Pipeline:
+    """One process's part of a planned training job."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        layers: Sequence[Layer],
+        loss_fn: LossFunction,
+        *,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+        dtype: torch.dtype | None = None,
+        process_group_timeout_s: float = 600.0,
+        receive_ahead: int = 1,
+        trace_steps: int = 1,
+    ) -> None:
+        """Check everything, join the job, build this process's layers.
+
+        `layers`: the whole model in order, one entry per layer the plan counts (embedding and head included),
+        each an nn.Module or a callable without arguments that makes one; callables of other processes' layers
+        are never called. Each layer takes the one tensor the layer before returns. `loss_fn(output, targets)`
+        is the mean over the rows of one microbatch. `device`: by default this process's CUDA device if there
+        is one, else the CPU; `backend`: by default nccl on CUDA, else gloo; a process group that is there
+        already is used as it is. `dtype` converts the layers. `receive_ahead`: receives posted beyond the
+        next. `trace_steps`: how many last steps `trace` keeps.
+
+        ExecutionError when plan, model and job do not fit together; ScheduleError when the schedule cannot
+        run.
+        """
+        layout = plan.layout
+        self.plan = plan
+        refuse_unsupported(layout)
+        schedule = plan.parsed_schedule
+        check(
+            schedule,
+            num_stages=layout.num_stages,
+            num_microbatches=layout.num_microbatches,
+            rank_of_stage=layout.rank_of_stage,
+        )
+        bounds = (0, *accumulate(layout.layers_per_stage))
+        if len(layers) != bounds[-1]:
+            raise ExecutionError(
+                f"the model has {len(layers)} layers, the plan's layers_per_stage "
+                f"{list(layout.layers_per_stage)} add up to {bounds[-1]}; pass the layers the "
+                "plan was made for, embedding and head included"
+            )
+        _refuse_ties_across_ranks(layers, bounds, layout.rank_of_stage)
+        timeout = timedelta(seconds=process_group_timeout_s)
+        self._groups = connect(layout, None if device is None else torch.device(device), backend, timeout)
+        self.device = self._groups.device
+        program = rank_program(schedule, self.coordinates.pipeline_rank)
+        stages = {}
+        for index in program.stages:
+            first, end = bounds[index], bounds[index + 1]
+            stages[index] = Stage(
+                index,
+                first,
+                [build_layer(n, layers[n], self.device, dtype) for n in range(first, end)],
+                recompute=layout.recompute == "full",
+                splits=any(stage == index for stage, _ in program.split),
+            )
+        self.stages = tuple(stages.values())
+        self.module = nn.ModuleDict({n: layer for stage in self.stages for n, layer in stage.layers.items()})
+        self._has_first = 0 in stages
+        self._has_last = layout.num_stages - 1 in stages
+        self.tracer = Tracer(self.device, keep=trace_steps)
+        channels = None
+        if self._groups.backend == "nccl":
+            ends = {channel_of(t) for s in program.steps for t in (s.receive, s.send) if t is not None}
+            channels = channel_groups(self._groups, list(ends), timeout)
+        self._transport = Transport(
+            program, self._groups.pipeline, self.device, channels=channels, receive_ahead=receive_ahead
+        )
+        self._interpreter = Interpreter(
+            program,
+            stages,
+            self._transport,
+            loss_fn,
+            self.tracer,
+            gradient_scale=1.0 / (layout.num_microbatches * layout.dp),
+        )
+        self._failed = False
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """This process's place in the layout."""
+        return self._groups.coordinates
+
+    @property
+    def peak_boundary_tensors(self) -> int:
+        """Most tensors this process held for transfers at one time in the last step, sends and receives."""
+        return self._transport.peak_buffers
+
+    @property
+    def peak_graphs(self) -> int:
+        """Most (stage, microbatch) held here between F and its backward at one time in the last step."""
+        return self._interpreter.peak_graphs
+
+    def step(self, inputs: Tensor | None, targets: Tensor | None) -> Tensor | None:
+        """Run one optimizer step's forwards and backwards, and add the gradients to `.grad`.
+
+        `inputs` and `targets` hold this data rank's num_microbatches × micro_batch_size rows; `inputs` are
+        needed by the process of the first stage, `targets` by that of the last, others may pass None. Returns
+        the mean loss over the global batch on processes of the last stage, else None. ExecutionError when
+        rows or shapes do not fit.
+        """
+        if self._failed:
+            raise ExecutionError("an earlier step of this Pipeline failed; the job has to be started again")
+        split_inputs = self._microbatches(inputs, "inputs", "first") if self._has_first else ()
+        split_targets = self._microbatches(targets, "targets", "last") if self._has_last else ()
+        data_parallel = self.plan.layout.dp > 1
+        self._failed = True  # until it is done
+        self.tracer.begin_step()
+        with torch.enable_grad():
+            carried = take_gradients(self.parameters()) if data_parallel else []
+            losses = self._interpreter.run(split_inputs, split_targets)
+        loss = torch.stack(losses).mean() if losses else None
+        if data_parallel:
+            start = self.tracer.mark()
+            reduce_gradients([p for p in self.parameters() if p.requires_grad], self._groups.data)
+            if loss is not None:
+                dist.all_reduce(loss, group=self._groups.data)
+                loss /= self.plan.layout.dp
+            add_gradients(carried)
+            self.tracer.record("reduce", None, None, start, start)
+        self._failed = False
+        return loss
+
+    def _microbatches(self, rows: Tensor | None, what: str, where: str) -> tuple[Tensor, ...]:
+        layout = self.plan.layout
+        m, size = layout.num_microbatches, layout.micro_batch_size
+        if rows is None:
+            raise ExecutionError(f"this process runs the {where} stage and needs {what}; it was given None")
+        if rows.dim() == 0 or rows.shape[0] != m * size:
+            raise ExecutionError(
+                f"{what} has {rows.shape[0] if rows.dim() else 'no'} rows, a step takes {m * size} on each "
+                f"data-parallel rank: num_microbatches {m} × micro_batch_size {size}"
+            )
+        return torch.split(rows.detach().to(self.device), size)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters this process holds, each once."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same with names: the layer's index in the model, then its own name, like 3.weight."""
+        return self.module.named_parameters()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of this process."""
+        self.module.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process's part of the state dict of nn.Sequential(*layers)."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load this process's part; entries of other layers are passed over, missing ones are an error."""
+        mine = {name: value for name, value in state.items() if name.partition(".")[0] in self.module}
+        self.module.load_state_dict(mine)
+
+    def make_optimizer(self, cls: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
+        """`cls(parameters, **options)`; with zero_stage 1, its state is sharded over the data ranks."""
+        layout = self.plan.layout
+        if layout.zero_stage == 0 or layout.dp == 1:
+            return cls(self.parameters(), **options)
+        with warnings.catch_warnings():
+            # On import the package warns about its own use of torch.jit.
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(
+            self.parameters(), optimizer_class=cls, process_group=self._groups.data, **options
+        )
+
+    def trace(self) -> RankTrace:
+        """What this process did in the last `trace_steps` steps."""
+        return self.tracer.rank_trace(self.coordinates)
+
+    def gather_trace(self) -> Trace | None:
+        """The traces of all processes on global rank 0, None elsewhere. Every process must call it."""
+        mine = self.trace().model_dump_json()
+        everyone: list[str] | None = [""] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, everyone)
+        if everyone is None:
+            return None
+        return Trace.gathered(RankTrace.model_validate_json(text) for text in everyone)
+
+    def close(self) -> None:
+        """Leave the job; the process group goes too if it was made here."""
+        if self._groups.owns_world and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # After an error others may be in the middle of a transfer: taking the group down could wait for them.
+        if exception_type is None:
+            self.close()
+
+
+def _refuse_ties_across_ranks(
+    layers: Sequence[Layer], bounds: Sequence[int], rank_of_stage: Sequence[int]
+) -> None:
+    """A parameter shared by layers of two ranks would be trained as two."""
+    home: dict[int, tuple[int, int]] = {}
+    for stage, rank in enumerate(rank_of_stage):
+        for index in range(bounds[stage], bounds[stage + 1]):
+            layer = layers[index]
+            if not isinstance(layer, nn.Module):
+                continue
+            for name, parameter in layer.named_parameters():
+                other_rank, other_index = home.setdefault(id(parameter), (rank, index))
+                if other_rank != rank:
+                    raise ExecutionError(
+                        f"parameter {name} of layer {index} (rank {rank}) is also a parameter of layer "
+                        f"{other_index} (rank {other_rank}); parameters tied across ranks are not yet run by "
+                        "this executor: untie them, or put both layers on one rank"
+                    )
