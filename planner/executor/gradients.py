@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from planner.executor.transport import LostPeerError
+from planner.executor.transport import LostPeerError, first_sentence
 
 BUCKET_BYTES = 25 * 2**20
 _MAX_ON_THE_WAY = 2  # buckets being reduced at once: one travels while the one before is copied back
@@ -50,8 +50,7 @@ def reduce_gradients(
         while on_the_way:
             _take_back(*on_the_way.popleft())
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise LostPeerError(f"the data-parallel reduction broke: {reason}") from None
+        raise LostPeerError(f"the data-parallel reduction broke: {first_sentence(error)}") from None
 
 
 def _flatten(bucket: Sequence[nn.Parameter]) -> Tensor:

@@ -48,6 +48,11 @@ class Groups:
     owns_world: bool  # the default group was made here, and is destroyed here
 
     @property
+    def matches_by_tag(self) -> bool:
+        """Whether messages carry tags; where not, each channel needs a communicator of its own."""
+        return self.backend == "gloo"
+
+    @property
     def pipeline(self) -> dist.ProcessGroup:
         """The ranks of this pipeline, in pipeline order."""
         return self.mesh.get_group("pp")

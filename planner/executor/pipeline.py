@@ -101,7 +101,7 @@ class Pipeline:
         self._has_last = layout.num_stages - 1 in stages
         self.tracer = Tracer(self.device, keep=trace_steps)
         channels = None
-        if self._groups.backend == "nccl":
+        if not self._groups.matches_by_tag:
             ends = {channel_of(t) for s in program.steps for t in (s.receive, s.send) if t is not None}
             channels = channel_groups(self._groups, list(ends), timeout)
         self._transport = Transport(
@@ -220,6 +220,11 @@ class Pipeline:
         if everyone is None:
             return None
         return Trace.gathered(RankTrace.model_validate_json(text) for text in everyone)
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """The processes that hold the same stages as this one."""
+        return self._groups.data
 
     def close(self) -> None:
         """Leave the job; the process group goes too if it was made here."""

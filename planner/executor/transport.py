@@ -7,6 +7,7 @@ nothing can hang. The first activation over a boundary is preceded by a small he
 from then on the shape is fixed, and the gradient that comes back has it too.
 """
 
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -25,6 +26,11 @@ _MAX_DIMENSIONS = 8
 
 class LostPeerError(ExecutionError):
     """A transfer broke as the process at the other end is gone, or too slow: the cause lies elsewhere."""
+
+
+def first_sentence(error: RuntimeError) -> str:
+    """The part of a torch error that says what happened, without the place in torch's source."""
+    return re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0]).split(". ")[0]
 
 
 class Transport:
@@ -202,8 +208,9 @@ class Transport:
     def _lost(self, transfer: Transfer, error: RuntimeError) -> LostPeerError:
         me = self._program.rank
         other = transfer.from_rank if transfer.to_rank == me else transfer.to_rank
-        reason = str(error).splitlines()[0]
-        return LostPeerError(f"pipeline rank {me} lost pipeline rank {other} over the {transfer}: {reason}")
+        return LostPeerError(
+            f"pipeline rank {me} lost pipeline rank {other} over the {transfer}: {first_sentence(error)}"
+        )
 
     def _count(self) -> None:
         self.peak_buffers = max(self.peak_buffers, len(self._posted) + len(self._outstanding))

@@ -180,7 +180,7 @@ def make_batch(rows: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def random_schedule(seed: int, num_ranks: int) -> Schedule:
-    """Any order that can run: stages anywhere, microbatches in any order, some backwards split, weights late or soon."""
+    """Any order that can run: stages and microbatches in any order, some backwards split, W early or late."""
     rng = random.Random(seed)
     num_stages = num_ranks * rng.randint(1, 3)
     num_microbatches = rng.randint(1, 5)

@@ -1,0 +1,71 @@
+"""What a launched run showed: losses, measured beside predicted times, and how exact the training was."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from profiles.facts import Count, Facts, NonNegative
+
+
+class StepParts(Facts):
+    """One optimizer step and its parts, in µs. Measured: medians over steps of the slowest process."""
+
+    step_us: NonNegative
+    pipeline_us: NonNegative  # from the first action to the last, waiting included
+    data_parallel_us: NonNegative  # predicted: the exposed part; measured: the reduction, waiting included
+    optimizer_us: NonNegative
+
+
+class ActionTime(Facts):
+    """One kind of action on one stage: mean over microbatches, data ranks and steps."""
+
+    kind: Literal["F", "B", "W", "BW"]
+    stage: int
+    count: Count  # actions measured
+    measured_us: NonNegative
+    waited_us: NonNegative  # before it, for a tensor from another rank
+    predicted_us: NonNegative
+
+
+class Exactness(Facts):
+    """The run compared with plain torch in one process: same seed, same data, same optimizer."""
+
+    reference_losses: tuple[float, ...]
+    loss_relative_differences: tuple[NonNegative, ...]  # per step
+    gradient_relative_difference: NonNegative  # first step, the worst parameter: norm(a − b) / norm(b)
+    worst_parameter: str  # its layer's index and its own name
+
+    @property
+    def worst_loss_relative_difference(self) -> float:
+        """The largest of all steps."""
+        return max(self.loss_relative_differences)
+
+
+class RunReport(Facts):
+    """One run of a plan on this machine."""
+
+    schema_version: Literal["pipewright.run/1"] = Field(default="pipewright.run/1", alias="schema")
+    layout: str
+    family: str
+    num_processes: Count
+    device: str
+    backend: str
+    dtype: str
+    torch_version: str
+    threads_per_process: Count
+    seed: int
+    learning_rate: NonNegative
+    losses: tuple[float, ...]  # per step, mean over the global batch before that step's update
+    step_times_us: tuple[NonNegative, ...]  # per step, of the slowest process
+    num_skipped_steps: int  # first steps, left out of what follows
+    measured: StepParts
+    predicted: StepParts
+    actions: tuple[ActionTime, ...]
+    peak_boundary_tensors: tuple[int, ...]  # per pipeline rank, most held at once for transfers
+    peak_device_memory_bytes: tuple[int, ...] | None  # per pipeline rank, allocated, CUDA only
+    exactness: Exactness | None  # when asked for
+
+    @property
+    def prediction_error(self) -> float:
+        """(predicted − measured) / measured step time."""
+        return (self.predicted.step_us - self.measured.step_us) / self.measured.step_us
