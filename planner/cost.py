@@ -167,13 +167,20 @@ class StepFloor:
         So makespan ≥ head(c_r) + m · work(c_r, c_{r+1}) for every r and the cuts c. Least over all cuts: with a
         deadline M, let each rank in turn take as many layers as fit; that is optimal because m · work of a layer is
         at least its share of the head, so a later cut never hurts the ranks behind it. M by bisection.
-        With several chunks per rank only the work is counted.
+
+        With several chunks per rank, rank r > 0 waits for the first chunks of r ranks, all but the very first with a
+        block each at least (`head`), and the average over the ranks is a bound: m · work / p + mean of the heads.
         """
         m, pp = self.candidate.num_microbatches, self.candidate.pp
         total = self._work[-1]
         low = m * max(total / pp, max(_least_work_us(layer) for layer in self.layers))
-        if pp == 1 or self.candidate.virtual_stages > 1:
+        if pp == 1:
             return low
+        if self.candidate.virtual_stages > 1:
+            block = min(layer.forward_us for layer in self.layers[1:-1])
+            if not splits_backward:
+                block += min(layer.fused_backward_us for layer in self.layers[1:-1])
+            return max(low, m * total / pp + block * (pp - 1) * (pp - 2) / (2 * pp))
         hop = self.pipeline_link.transfer_us(min(layer.output_bytes for layer in self.layers[:-1]))
         high = m * total + self._forward[-1] + self._backward[-1] + 2 * pp * hop
         while high - low > 1e-4 * low:

@@ -1,23 +1,22 @@
 """Schedules from costs: the bridge between stages priced in float µs and integer scheduling problems.
 
-Times are rounded to whole µs here, once per stage; solvers see nothing else of the facts.
+Times are rounded to whole µs here, once per stage, F and B to at least 1; solvers see nothing else of the facts.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from planner.errors import LayoutError
 from planner.plans import StageCosts
 from planner.schedule.actions import Schedule
+from planner.schedule.answer import Objective, ScheduleAnswer
 from planner.schedule.families import FAMILIES, get_family
-from profiles.facts import Bytes, Facts, NonNegative
 from solvers.bounds import best_bound
 from solvers.pipeline import Order, PipelineProblem, PipelineScore, Status
 from solvers.registry import Progress, solve_pipeline
 
-Objective = Literal["span", "makespan"]
+MAX_TIME_US = 1e12  # eleven days for one action; more is a mistake in the unit
 
 
 def pipeline_problem(
@@ -33,8 +32,8 @@ def pipeline_problem(
     backward = [s.backward_input_us if splits_backward else s.fused_backward_us for s in stages]
     weight = [s.backward_weight_us if splits_backward else 0.0 for s in stages]
     return PipelineProblem(
-        forward_us=tuple(round(s.forward_us) for s in stages),
-        backward_us=tuple(map(round, backward)),
+        forward_us=tuple(max(1, round(s.forward_us)) for s in stages),
+        backward_us=tuple(max(1, round(us)) for us in backward),
         weight_us=tuple(map(round, weight)),
         split=(splits_backward,) * len(stages),
         transfer_us=tuple(round(s.transfer_us) for s in stages[:-1]),
@@ -54,29 +53,6 @@ def order_of(schedule: Schedule) -> Order:
     return tuple(tuple(Op(str(a.kind), a.stage, a.microbatch) for a in actions) for actions in schedule.ranks)
 
 
-class ScheduleAnswer(Facts):
-    """A schedule, its cost and how far it can be from the best; the `--json` of `pipewright schedule`."""
-
-    family: str
-    solver: str
-    status: Literal["optimal", "feasible"]
-    objective: Objective
-    span_us: int
-    makespan_us: int
-    bubble_rate_span: NonNegative
-    bubble_rate_makespan: NonNegative
-    lower_bound_us: int
-    lower_bound_kind: str
-    gap: NonNegative
-    peak_memory: tuple[Bytes, ...]  # per rank, in the unit of the activation bytes given
-    solve_seconds: NonNegative
-    seed: int
-    time_limit_s: NonNegative
-    limited_by_time: bool  # a wall-clock limit cut the search: another run may end elsewhere
-    interrupted: bool
-    schedule: tuple[str, ...]
-
-
 @dataclass(frozen=True)
 class PipelineCosts:
     """What `pipewright schedule` is given: µs per stage, and activation sizes in any one unit."""
@@ -89,12 +65,12 @@ class PipelineCosts:
     weight_activation_bytes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("forward_us", "backward_us", "weight_us"):
+        for name, least in (("forward_us", 1), ("backward_us", 1), ("weight_us", 0)):
             for value in getattr(self, name):
-                if not math.isfinite(value) or value < 0:
-                    raise LayoutError(f"{name}: {value} is not a time; give finite µs from 0")
-        if not math.isfinite(self.p2p_us) or self.p2p_us < 0:
-            raise LayoutError(f"p2p_us: {self.p2p_us} is not a time; give finite µs from 0")
+                if not math.isfinite(value) or not least <= value <= MAX_TIME_US:
+                    raise LayoutError(f"{name}: {value} is not a time; give µs from {least} to {MAX_TIME_US:g}")
+        if not math.isfinite(self.p2p_us) or not 0 <= self.p2p_us <= MAX_TIME_US:
+            raise LayoutError(f"p2p_us: {self.p2p_us} is not a time; give µs from 0 to {MAX_TIME_US:g}")
         if not 0 <= self.weight_activation_bytes or not 0 < self.activation_bytes:
             raise LayoutError(
                 f"activation_bytes={self.activation_bytes}, weight_activation_bytes={self.weight_activation_bytes}: "

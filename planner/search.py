@@ -9,9 +9,11 @@ solver-made schedule.
 import heapq
 import math
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from planner.cost import (
     Network,
@@ -27,7 +29,7 @@ from planner.memory import capacity_bytes, model_state_bytes, rank_memory
 from planner.plans import RankMemory, StageCosts
 from planner.schedule.actions import Schedule
 from planner.schedule.families import FAMILIES, Family
-from planner.schedule.residency import peak_in_flight
+from planner.schedule.residency import peak_in_flight, peak_per_rank
 from planner.schedule.simulation import Timeline, simulate
 from planner.scheduling import pipeline_problem
 from profiles.cluster import Cluster
@@ -298,7 +300,7 @@ class _Search:
         if candidate.pp == 1 or self.pins.family not in (None, "auto"):
             return False
         if candidate.virtual_stages > 1:
-            return not self._interleaving_overflows(node)
+            return not self._chunks_overflow(node)
         rank_of_stage = tuple(range(candidate.pp))
         cuts, proven = self._cuts(node, [1] * candidate.pp, rank_of_stage, splits_backward=True)
         if cuts is None:
@@ -308,22 +310,34 @@ class _Search:
         self._solve(node, cuts, rank_of_stage, solver="list", time_limit_s=2.0)
         return True
 
-    def _interleaving_overflows(self, node: _Node) -> bool:
-        """Whether the chunks' least in-flight microbatches overflow all ranks together: a proof that no cut fits."""
+    def _chunks_overflow(self, node: _Node) -> bool:
+        """A proof that no cut fits: rank by rank, count the layers it could hold at the family's in-flight counts.
+
+        A rank that holds each of its layers at least n times at one moment fits at most as many layers as the lightest
+        ones do; if all ranks together fit fewer than the model has, nothing fits.
+        """
         candidate = node.candidate
-        held = [
-            min(peak_in_flight(schedule, 0.0))
-            for family in self._families(candidate)
-            for schedule in [family.generate(candidate.pp, candidate.num_microbatches, candidate.virtual_stages)]
-        ]
-        need = self._states_bytes(candidate, node.layers)
-        need += min(held) * sum(layer.activation_bytes for layer in node.layers)
-        return need > candidate.pp * self.capacity
+        for family in self._families(candidate):
+            schedule = family.generate(candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
+            room = 0
+            for _, common in peak_per_rank(schedule):
+                needs = sorted(
+                    self._states_bytes(candidate, [layer]) + common * layer.activation_bytes for layer in node.layers
+                )
+                room += bisect_right(list(accumulate(needs)), self.capacity)
+            if room >= len(node.layers):
+                return False
+        return True
 
     def _price(
         self, node: _Node, family: Family, schedule: Schedule, rank_of_stage: tuple[int, ...]
     ) -> PricedLayout | None:
-        held = peak_in_flight(schedule, _weight_ratio(node.layers))
+        chunks = node.candidate.virtual_stages
+        if chunks == 1:
+            held = peak_in_flight(schedule, _weight_ratio(node.layers))
+        else:
+            per_rank = peak_per_rank(schedule)
+            held = tuple(-(-per_rank[rank][0] // chunks) for rank in rank_of_stage)
         cuts, _ = self._cuts(node, held, rank_of_stage, splits_backward=family.splits_backward)
         if cuts is None:
             return None

@@ -6,7 +6,7 @@ from typing import Literal, Self
 import networkx as nx
 from pydantic import Field, model_validator
 
-from profiles.facts import Bytes, Count, Facts, Fraction, NonNegative, Positive
+from profiles.facts import Bytes, Count, Dtype, Facts, Fraction, NonNegative, Positive
 
 
 class Link(Facts):
@@ -41,7 +41,7 @@ class DeviceSpec(Facts):
     kind: Literal["cuda", "rocm", "cpu"]
     memory_bytes: Bytes
     memory_bandwidth_bytes_per_s: Positive
-    peak_flops: dict[str, Positive]  # FLOP/s by dtype, dense
+    peak_flops: dict[Dtype, Positive] = Field(min_length=1)  # FLOP/s, dense
     matmul_efficiency: Fraction  # best share of the peak that large matrix products reach
     memory_efficiency: Fraction  # share of the bandwidth that elementwise kernels reach
     kernel_launch_us: NonNegative
@@ -109,11 +109,13 @@ class Cluster(Facts):
     def link_between(self, device_a: int, device_b: int) -> Link:
         """The narrowest link on the way between two devices."""
         node_a, node_b = self.node_of_device[device_a], self.node_of_device[device_b]
-        if node_a == node_b:
-            return self.group_of_node(node_a).intra_node
-        if self.nodes_per_pod is None or self.inter_pod is None:
-            return self.inter_node
-        return self.inter_node if node_a // self.nodes_per_pod == node_b // self.nodes_per_pod else self.inter_pod
+        on_the_way = [self.group_of_node(node).intra_node for node in (node_a, node_b)]
+        if node_a != node_b:
+            on_the_way.append(self.inter_node)
+            if self.nodes_per_pod is not None and node_a // self.nodes_per_pod != node_b // self.nodes_per_pod:
+                assert self.inter_pod is not None  # checked at construction
+                on_the_way.append(self.inter_pod)
+        return min(on_the_way, key=lambda link: link.bandwidth_bytes_per_s * link.efficiency)
 
     def graph(self) -> nx.Graph:
         """Devices, nodes and pods as a tree with a `link` on every edge.

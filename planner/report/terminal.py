@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.plans import Plan
-from planner.scheduling import ScheduleAnswer
+from planner.schedule.answer import ScheduleAnswer
 
 GIB = 2**30
 _SHOWN_RANKS = 16
@@ -99,27 +99,38 @@ def _summary(plan: Plan) -> Table:
 
 
 def _stages_and_memory(plan: Plan) -> Table:
-    table = Table(title="Per pipeline rank", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("rank", "layers", "F", "B", "W", "weights", "grads", "optimizer", "activations", "other", "total", "of"):
+    table = _grid("Per pipeline rank (times of one microbatch in ms, memory of one device in GiB)")
+    columns = "rank layers F B W weights gradients optimizer activations other total usable"
+    for name in columns.split():
         table.add_column(name, justify="right", no_wrap=True)
     for rank, memory in enumerate(plan.prediction.memory):
         hosted = [s for s, host in enumerate(plan.layout.rank_of_stage) if host == rank]
         costs = [plan.stages[s] for s in hosted]
+        times_us = (
+            sum(c.forward_us for c in costs),
+            sum(c.backward_input_us for c in costs),
+            sum(c.backward_weight_us for c in costs),
+        )
+        parts_bytes = (
+            memory.weight_bytes,
+            memory.gradient_bytes,
+            memory.optimizer_bytes,
+            memory.activation_bytes,
+            memory.temporary_bytes + memory.buffer_bytes,
+            memory.total_bytes,
+            memory.capacity_bytes,
+        )
         table.add_row(
             str(rank),
             "+".join(str(plan.layout.layers_per_stage[s]) for s in hosted),
-            duration(sum(c.forward_us for c in costs)),
-            duration(sum(c.backward_input_us for c in costs)),
-            duration(sum(c.backward_weight_us for c in costs)),
-            size(memory.weight_bytes),
-            size(memory.gradient_bytes),
-            size(memory.optimizer_bytes),
-            size(memory.activation_bytes),
-            size(memory.temporary_bytes + memory.buffer_bytes),
-            size(memory.total_bytes),
-            size(memory.capacity_bytes),
+            *(f"{us / 1e3:.2f}" for us in times_us),
+            *(f"{part / GIB:.2f}" for part in parts_bytes),
         )
     return table
+
+
+def _grid(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
 def schedule_excerpt(lines: tuple[str, ...], *, title: str, width: int = 104) -> Table:
@@ -137,7 +148,7 @@ def schedule_excerpt(lines: tuple[str, ...], *, title: str, width: int = 104) ->
 
 
 def _alternatives(plan: Plan) -> Table:
-    table = Table(title="Beside it", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _grid("Beside it")
     for name in ("", "layout", "schedule", "step time", "against plan", "MFU", "peak memory"):
         table.add_column(name, justify="left" if name in ("", "layout", "schedule") else "right", no_wrap=True)
     rows = [

@@ -1,0 +1,91 @@
+"""The layout space: what divides is in, what does not is counted, and wrong pins are refused with their numbers."""
+
+import re
+
+import pytest
+
+from planner.errors import LayoutError
+from planner.layout import Pins, divisors, enumerate_space, tensor_parallel_obstacle
+from profiles.catalog import load_cluster, model
+
+LLAMA = model("llama-3.1-8b")
+
+
+def space(cluster="2x8xh100-sxm", batch=256, **pins):
+    return enumerate_space(
+        LLAMA, load_cluster(cluster), global_batch_size=batch, num_layers=LLAMA.num_layers + 2, pins=Pins(**pins)
+    )
+
+
+def test_every_candidate_uses_all_devices_and_the_whole_batch():
+    candidates = space().candidates
+    assert candidates
+    for c in candidates:
+        assert c.tp * c.pp * c.dp == 16
+        assert c.dp * c.micro_batch_size * c.num_microbatches == 256
+        assert c.num_stages <= 34
+
+
+def test_no_candidate_comes_twice():
+    candidates = space().candidates
+    assert len(set(candidates)) == len(candidates)
+
+
+def test_the_space_is_what_a_plain_enumeration_finds():
+    want = {
+        (tp, pp, dp, v, size, zero, recompute)
+        for tp in (1, 2, 4, 8)
+        for pp in (1, 2, 4, 8, 16)
+        for dp in (1, 2, 4, 8, 16)
+        if tp * pp * dp == 16
+        for v in (1, 2, 4)
+        if (v == 1 or pp > 1) and pp * v <= 34
+        for size in (1, 2, 4, 8, 16, 32)
+        if 256 // dp % size == 0
+        for zero in ((0, 1) if dp > 1 else (0,))
+        for recompute in ("none", "full")
+    }
+    got = {
+        (c.tp, c.pp, c.dp, c.virtual_stages, c.micro_batch_size, c.zero_stage, c.recompute) for c in space().candidates
+    }
+    assert got == want
+
+
+def test_pins_hold():
+    candidates = space(tp=4, pp=2, micro_batch_size=2, recompute="full", zero_stage=1, virtual_stages=1).candidates
+    assert [(c.tp, c.pp, c.dp, c.micro_batch_size) for c in candidates] == [(4, 2, 2, 2)]
+
+
+def test_dropped_points_are_counted_by_reason():
+    assert space().dropped["virtual stages without a pipeline"] > 0
+    assert space("3x8xh100-sxm").dropped["dp does not divide the global batch size"] > 0
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"tp": 3}, "tp=3 does not divide num_heads=32 of model 'llama-3.1-8b'; degrees that do: 1, 2, 4, 8, 16, 32"),
+        ({"tp": 8, "pp": 2, "dp": 2}, "layout tp=8 pp=2 dp=2 needs 32 devices, but cluster '2x8xh100-sxm' has 16"),
+        ({"pp": 5}, "layout pp=5 does not divide the 16 devices"),
+        ({"pp": 16, "virtual_stages": 3}, "pp=16 × virtual_stages=3 makes 48 stages, but model 'llama-3.1-8b' has 34"),
+        ({"micro_batch_size": 3}, "dp=1 × micro_batch_size=3 is 3, which does not divide global batch size 256"),
+        ({"dp": 0}, "dp=0: degrees and sizes are whole numbers from 1"),
+    ],
+)
+def test_pins_that_cannot_hold_are_refused_with_their_numbers(pins, message):
+    with pytest.raises(LayoutError, match=re.escape(message)):
+        space(**pins)
+
+
+def test_a_batch_that_a_pinned_data_degree_does_not_divide_is_refused():
+    with pytest.raises(LayoutError, match="dp=16 does not divide global batch size 24"):
+        space(batch=24, dp=16)
+
+
+def test_key_value_heads_are_replicated_only_evenly():
+    assert tensor_parallel_obstacle(LLAMA, 16) is None  # 8 key/value heads, each on two devices
+    assert tensor_parallel_obstacle(LLAMA, 5) is not None
+
+
+def test_divisors_of_a_square():
+    assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
