@@ -1,7 +1,7 @@
 """What a user can ask for, as functions: each command of `pipewright` calls one of these."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -216,7 +216,7 @@ def _prepare_profile(
     return Job(profile, machines, global_batch_size, length, precision), space_of
 
 
-def _default_dtype(peak_flops: dict[str, float]) -> Dtype:
+def _default_dtype(peak_flops: Mapping[Dtype, float]) -> Dtype:
     names: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
     return next((name for name in names if name in peak_flops), "float32")
 

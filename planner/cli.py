@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from profiles.errors import PipewrightError
 
 if TYPE_CHECKING:
-    from planner.executor.report import RunReport
+    from planner.executor.job import StepProgress
+    from planner.executor.run_report import RunReport
     from planner.search import SearchProgress
 
 app = typer.Typer(
@@ -48,6 +49,14 @@ class RecomputeName(StrEnum):
 
     none = "none"
     full = "full"
+
+
+class DeviceName(StrEnum):
+    """Where a run's processes compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class ObjectiveName(StrEnum):
@@ -255,7 +264,9 @@ def run(
     seed: Seed = 0,
     dtype: Annotated[DtypeName | None, typer.Option(help="Precision to run in [default: the plan's].")] = None,
     learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-4,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        DeviceName, typer.Option(help="auto takes cuda when there is a device for every process.")
+    ] = DeviceName.auto,
     backend: Annotated[str | None, typer.Option(help="gloo or nccl [default: by device].")] = None,
     check: Annotated[bool, typer.Option(help="Also train in one process, and compare losses and gradients.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Save start and end of every action here.")] = None,
@@ -268,25 +279,29 @@ def run(
     if trace is not None:
         _check_writable(trace)
     launch = _torch_part("planner.executor.launch")
-    with _steps_progress("training") as on_step:
+    with _spinner(f"training on {loaded.layout.num_devices} processes") as say:
+
+        def on_progress(step: "StepProgress") -> None:
+            say(f"step {step.step} of {steps}: loss {step.loss:.6f}, {step.step_us / 1e3:.0f} ms")
+
         report: RunReport = launch.run_plan(
-            loaded,
+            plan_file,
             steps=steps,
             seed=seed,
             dtype=None if dtype is None else dtype.value,
             learning_rate=learning_rate,
-            device=device,
+            device=device.value,
             backend=backend,
             check=check,
             trace_path=trace,
-            on_progress=on_step,
+            on_progress=on_progress,
         )
     if as_json:
         print(report.model_dump_json(indent=1))
     else:
         from planner.report.terminal import render_run
 
-        print(render_run(report, loaded))
+        print(render_run(report))
 
 
 @app.command()

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from profiles.cluster import Link
 from profiles.errors import ProfileError
-from profiles.facts import Bytes, Count, Dtype, Facts, NonNegative
+from profiles.facts import Bytes, Count, Facts, NonNegative
+from profiles.facts import Dtype as Dtype
 
 BYTES_PER_ELEMENT: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 Recompute = Literal["none", "full"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from io import StringIO
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -9,6 +10,10 @@ from rich.text import Text
 
 from planner.plans import Plan
 from planner.schedule.answer import ScheduleAnswer
+from profiles.model import ModelProfile
+
+if TYPE_CHECKING:
+    from planner.executor.run_report import RunReport
 
 GIB = 2**30
 _SHOWN_RANKS = 16
@@ -184,3 +189,106 @@ def render_schedule(answer: ScheduleAnswer) -> str:
         ),
     ]
     return render(_facts("", rows), schedule_excerpt(answer.schedule, title=""))
+
+
+def render_profile(profile: ModelProfile) -> str:
+    """What `pipewright profile` prints for people: one row per layer and variant."""
+    origin = profile.origin
+    rows = [
+        ("model", f"{profile.model.name}, {profile.num_layers} layers with embedding and head"),
+        ("measured on", f"{origin.device}, {origin.when}"),
+        ("how", origin.how),
+    ]
+    if profile.links is not None:
+        p2p, reduce = profile.links.point_to_point, profile.links.all_reduce
+        rows.append(("point to point", f"{p2p.bandwidth_bytes_per_s / 1e9:.2f} GB/s, {p2p.latency_us:.0f} µs"))
+        rows.append(("all-reduce", f"{reduce.bandwidth_bytes_per_s / 1e9:.2f} GB/s, {reduce.latency_us:.0f} µs"))
+    table = _grid("\nPer layer (times in ms, sizes in MiB)")
+    for name in ("layer", "count", "variant", "F", "B", "W", "BW", "optimizer", "spread", "held F–B", "held B–W"):
+        table.add_column(name, justify="left" if name in ("layer", "variant") else "right", no_wrap=name != "variant")
+    for group in profile.layers:
+        for costs in group.profiles:
+            variant = costs.variant
+            table.add_row(
+                group.name,
+                str(group.count),
+                f"mbs{variant.micro_batch_size}" + ("" if variant.recompute == "none" else f" {variant.recompute}"),
+                f"{costs.forward_us / 1e3:.2f}",
+                f"{costs.backward_input_us / 1e3:.2f}",
+                f"{costs.backward_weight_us / 1e3:.2f}",
+                f"{costs.fused_backward_us / 1e3:.2f}",
+                f"{costs.optimizer_us / 1e3:.2f}",
+                f"{costs.spread:.0%}",
+                f"{costs.activation_bytes / 2**20:.1f}",
+                f"{costs.weight_activation_bytes / 2**20:.1f}",
+            )
+    return render(_facts("", rows), table)
+
+
+def render_run(report: "RunReport") -> str:
+    """What `pipewright run` prints for people."""
+    rows = [
+        ("ran", f"{report.layout}, {report.family}, {report.num_processes} processes on {report.device}"),
+        ("with", f"torch {report.torch_version}, {report.backend}, {report.dtype}, {report.threads_per_process} threads"),
+    ]
+    exact = report.exactness
+    if exact is not None:
+        rows.append(("losses", f"within {exact.worst_loss_relative_difference:.1e} of one process, relative"))
+        rows.append(
+            (
+                "gradients",
+                f"within {exact.gradient_relative_difference:.1e} of one process, relative "
+                f"(first step, worst parameter: {exact.worst_parameter})",
+            )
+        )
+    return render(_facts("", rows), _losses(report), _measured_and_predicted(report), _actions(report))
+
+
+def _losses(report: "RunReport") -> Table:
+    exact = report.exactness
+    table = _grid("\nSteps")
+    names = ("step", "loss", "time") if exact is None else ("step", "loss", "in one process", "difference", "time")
+    for name in names:
+        table.add_column(name, justify="right")
+    for step, (loss, step_us) in enumerate(zip(report.losses, report.step_times_us, strict=True)):
+        compared = (
+            ()
+            if exact is None
+            else (f"{exact.reference_losses[step]:.9f}", f"{exact.loss_relative_differences[step]:.1e}")
+        )
+        table.add_row(str(step + 1), f"{loss:.9f}", *compared, duration(step_us))
+    return table
+
+
+def _measured_and_predicted(report: "RunReport") -> Table:
+    measured, guess = report.measured, report.predicted
+    table = _grid(f"\nMeasured (median, without the first {report.num_skipped_steps} steps) and predicted")
+    for name in ("part", "measured", "predicted", "error"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for name, real_us, guess_us in (
+        ("step", measured.step_us, guess.step_us),
+        ("pipeline", measured.pipeline_us, guess.pipeline_us),
+        ("data parallel", measured.data_parallel_us, guess.data_parallel_us),
+        ("optimizer", measured.optimizer_us, guess.optimizer_us),
+    ):
+        error = f"{guess_us / real_us - 1:+.1%}" if real_us > 0 and guess_us > 0 else ""
+        table.add_row(name, duration(real_us), duration(guess_us), error)
+    return table
+
+
+def _actions(report: "RunReport") -> Table:
+    table = _grid("\nActions (mean)")
+    for name in ("action", "stage", "count", "measured", "predicted", "error", "waited before"):
+        table.add_column(name, justify="left" if name == "action" else "right")
+    for row in report.actions:
+        error = f"{row.predicted_us / row.measured_us - 1:+.1%}" if row.measured_us > 0 else ""
+        table.add_row(
+            row.kind,
+            str(row.stage),
+            str(row.count),
+            duration(row.measured_us),
+            duration(row.predicted_us),
+            error,
+            duration(row.waited_us),
+        )
+    return table

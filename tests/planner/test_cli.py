@@ -1,0 +1,171 @@
+"""The command line as a user meets it: answers on stdout, one message on stderr, exit codes, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "planner.cli"]
+ZERO_BUBBLE_1_5B = [
+    *("schedule", "-p", "8", "-m", "24", "--forward-us", "18522", "--backward-us", "18086", "--weight-us", "9337"),
+    *("--p2p-us", "601", "--memory-limit", "8", "--json"),
+]
+
+
+def pipewright(*arguments, cwd=None):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def refused(result, code=2):
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "rate"), [("auto", 0.1585), ("zb-h1", 0.1585), ("1f1b", 0.2431)]
+)
+def test_the_zero_bubble_papers_rates_come_out(family, rate):
+    result = pipewright(*ZERO_BUBBLE_1_5B, "--family", family)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert round(answer["bubble_rate_span"], 4) == rate
+    assert max(answer["peak_memory"]) <= 16
+    assert len(answer["schedule"]) == 8
+    if family != "1f1b":
+        assert answer["status"] == "optimal"
+        assert answer["gap"] == 0
+
+
+def test_schedule_prints_the_documented_keys():
+    answer = json.loads(pipewright(*ZERO_BUBBLE_1_5B, "--family", "zb-h1").stdout)
+    documented = (
+        "family solver status objective span_us makespan_us bubble_rate_span bubble_rate_makespan lower_bound_us "
+        "lower_bound_kind gap peak_memory solve_seconds schedule"
+    )
+    assert set(documented.split()) <= set(answer)
+
+
+def test_a_memory_limit_a_family_breaks_is_an_answer_not_found():
+    limit = ZERO_BUBBLE_1_5B.index("--memory-limit") + 1
+    arguments = [*ZERO_BUBBLE_1_5B[:limit], "4", *ZERO_BUBBLE_1_5B[limit + 1 :]]
+    assert "no 1f1b schedule found within 4 microbatches" in refused(pipewright(*arguments, "--family", "1f1b"), 1)
+
+
+def test_plan_saves_what_validate_accepts(tmp_path):
+    plan = tmp_path / "plan.json"
+    arguments = ("gpt2-xl", "--cluster", "1x4xa100-40gb", "--global-batch-size", 32, "--time-limit", 5, "-o", plan)
+    made = pipewright("plan", *arguments)
+    assert made.returncode == 0, made.stderr
+    assert "step time" in made.stdout
+    checked = pipewright("validate", plan)
+    assert checked.returncode == 0
+    assert "valid" in checked.stdout
+
+
+def test_plan_json_is_the_plan():
+    result = pipewright(
+        *("plan", "gpt2-xl", "--cluster", "1x2xa100-40gb", "--global-batch-size", 8, "--family", "1f1b", "--json")
+    )
+    assert json.loads(result.stdout)["schema"] == "pipewright.plan/1"
+
+
+def test_catalog_lists_every_kind_and_shows_one_entry():
+    names = json.loads(pipewright("catalog", "--json").stdout)
+    assert len(names["models"]) >= 25
+    assert {"a100-40gb", "a100-80gb", "h100-sxm", "h200", "b200", "mi300x", "l40s", "rtx-4090", "cpu"} <= set(
+        names["devices"]
+    )
+    assert "auto" in names["families"]
+    assert json.loads(pipewright("catalog", "h100-sxm").stdout)["name"] == "h100-sxm"
+    assert "Models" in pipewright("catalog").stdout
+
+
+PLAN = ("plan", "llama-3.1-8b", "--global-batch-size", "8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ((*PLAN, "--cluster", "0x8xh100-sxm"), 2, "0x8xh100-sxm"),
+        ((*PLAN, "--cluster", "1x8xh100-sxn"), 2, "h100-sxm"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--tp", "3"), 2, "tp=3 does not divide num_heads=32"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--tp", "0"), 2, "--tp"),
+        ((*PLAN, "--cluster", "1x1xrtx-4090"), 1, "fits cluster '1x1xrtx-4090'"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "-o", "/nowhere/plan.json"), 2, "/nowhere does not exist"),
+        (("plan", "lama-3.1-8b", "--cluster", "1x8xh100-sxm", "--global-batch-size", "8"), 2, "llama-3.1-8b"),
+        (("plan", "llama-3.1-8b", "--cluster", "1x8xh100-sxm"), 2, "--global-batch-size"),
+        (("validate", "missing.json"), 2, "missing.json: no such file"),
+        (("run", "missing.json"), 2, "missing.json: no such file"),
+        (("catalog", "h1000"), 2, "'h1000' is no model, device or cluster"),
+        (("schedule", "-p", "2", "-m", "4", "--forward-us", "x", "--backward-us", "1", "--weight-us", "1"), 2, "'x'"),
+        (("schedule", "-p", "2", "-m", "4", "--forward-us", "nan", "--backward-us", "1", "--weight-us", "1"), 2, "nan"),
+        (
+            ("schedule", "-p", "3", "-m", "4", "--forward-us", "1,2", "--backward-us", "1", "--weight-us", "1"),
+            2,
+            "forward_us has 2 entries; give one number, or one for each of the 3 stages",
+        ),
+    ],
+)
+def test_bad_input_gets_one_clear_message(arguments, code, words):
+    assert words in refused(pipewright(*arguments), code)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text[:300], "not valid JSON"),
+        (lambda text: text.replace('"latency_us": 5', '"latency_us": NaN', 1), "latency_us"),
+        (lambda text: text.replace('"num_nodes": 2', '"num_nodes": 0', 1), "num_nodes"),
+        (lambda text: text.replace('"memory_bytes": 1', '"memory_bytes": -1', 1), "memory_bytes"),
+        (lambda text: text.replace('"name"', '"nome"', 1), "nome"),
+    ],
+)
+def test_a_broken_cluster_file_gets_one_clear_message(tmp_path, change, words):
+    link = {"bandwidth_bytes_per_s": 1e9, "latency_us": 5}
+    device = {
+        "name": "toy",
+        "kind": "cuda",
+        "memory_bytes": 1 << 36,
+        "memory_bandwidth_bytes_per_s": 1e12,
+        "peak_flops": {"bfloat16": 1e14},
+        "matmul_efficiency": 0.8,
+        "memory_efficiency": 0.8,
+        "kernel_launch_us": 5.0,
+        "scale_up": link,
+        "scale_out": link,
+        "devices_per_node": 2,
+        "source": "made up for this test",
+    }
+    group = {"device": device, "num_nodes": 2, "devices_per_node": 2, "intra_node": link}
+    cluster = {
+        "schema": "pipewright.cluster/1",
+        "name": "toys",
+        "groups": [group],
+        "inter_node": link,
+        "source": "made up for this test",
+    }
+    text = json.dumps(cluster)
+    path = tmp_path / "cluster.json"
+    path.write_text(change(text))
+    assert change(text) != text
+    assert words in refused(
+        pipewright("plan", "gpt2", "--global-batch-size", 8, "--cluster", path, "-o", tmp_path / "plan.json")
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["cluster.json"]
+
+
+def test_the_readmes_own_commands_name_real_options():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for line in readme.splitlines():
+        words = line.replace(".venv/bin/", "").split()
+        if words[:1] != ["pipewright"] or len(words) < 2:
+            continue
+        shown = pipewright(words[1], "--help").stdout
+        for word in words[2:]:
+            option = word.split("=")[0]
+            if option.startswith("--"):
+                assert option in shown, line

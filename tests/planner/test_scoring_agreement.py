@@ -1,0 +1,59 @@
+"""Two scorings that share no code, the solvers' in whole µs and the simulator's in floats, agree on every order."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.plans import StageCosts
+from planner.schedule.families import FAMILIES
+from planner.schedule.simulation import simulate
+from planner.scheduling import order_of, pipeline_problem
+
+times = st.integers(1, 40)
+
+
+@st.composite
+def pipelines(draw):
+    family = FAMILIES[draw(st.sampled_from(sorted(FAMILIES)))]
+    p, m, v = draw(st.integers(1, 4)), draw(st.integers(1, 7)), draw(st.integers(1, 3))
+    if family.supports(p, m, v) is not None:
+        v = 2 if family.name == "interleaved-1f1b" else 1
+        m = 2 * p
+    placement = family.placement(p, v)
+    stages = []
+    for s in range(p * v):
+        backward, weight = draw(times), draw(times)
+        local = s == p * v - 1 or placement[s] == placement[s + 1]
+        stages.append(
+            StageCosts(
+                forward_us=draw(times),
+                backward_input_us=backward,
+                backward_weight_us=weight,
+                fused_backward_us=backward + weight,
+                optimizer_us=0.0,
+                parameter_bytes=0,
+                activation_bytes=draw(st.integers(0, 9)),
+                weight_activation_bytes=draw(st.integers(0, 9)),
+                output_bytes=0,
+                temporary_bytes=0,
+                transfer_us=0.0 if local else draw(st.integers(0, 9)),
+            )
+        )
+    return family, p, m, v, placement, stages
+
+
+@given(pipelines())
+@settings(derandomize=True, deadline=None, max_examples=150)
+def test_both_scorings_agree_on_makespan_span_and_memory(pipeline):
+    family, p, m, v, placement, stages = pipeline
+    schedule = family.generate(p, m, v)
+    problem = pipeline_problem(
+        stages, placement, m, splits_backward=family.splits_backward, capacity_bytes=None, objective="span"
+    )
+    score = problem.evaluate(order_of(schedule))
+    timeline = simulate(schedule, stages)
+    assert timeline.makespan_us == pytest.approx(score.makespan_us)
+    assert timeline.span_us == pytest.approx(score.span_us)
+    assert timeline.bubble_rate_span == pytest.approx(score.bubble_rate_span)
+    assert timeline.bubble_rate_makespan == pytest.approx(score.bubble_rate_makespan)
+    assert tuple(timeline.peak_activation_bytes) == score.peak_bytes
