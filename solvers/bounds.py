@@ -50,7 +50,7 @@ def best_bound(problem: PipelineProblem) -> Bound:
     )
 
 
-class _Chains:
+class Chains:
     """Times one microbatch needs on its way up and down an otherwise empty pipeline."""
 
     def __init__(self, problem: PipelineProblem) -> None:
@@ -87,7 +87,7 @@ def work_bound_us(problem: PipelineProblem) -> int:
     """
     if problem.objective == "span":
         return max(problem.work_us)
-    reach_us = _Chains(problem).reach_us
+    reach_us = Chains(problem).reach_us
     return max(w + reach_us[stages[0]] for w, stages in zip(problem.work_us, problem.stages_of_rank, strict=True))
 
 
@@ -118,7 +118,7 @@ def head_tail_bound_us(problem: PipelineProblem) -> int:
     With one chunk per rank, M_W = M_B / 2 and room for p microbatches this proves ZB-H1 optimal for the span: idle
     on rank 0 is (p-1)·B + 2(p-1)·transfer in the head and (p-1)·(F - W) + 2(p-1)·transfer in the tail.
     """
-    chains = _Chains(problem)
+    chains = Chains(problem)
     best = 0
     for rank, stages in enumerate(problem.stages_of_rank):
         capacity = None if problem.capacity_bytes is None else problem.capacity_bytes[rank]
@@ -136,7 +136,7 @@ def head_tail_bound_us(problem: PipelineProblem) -> int:
 
 
 def _head_idle_us(
-    problem: PipelineProblem, chains: _Chains, stages: Sequence[int], chunk: int, capacity: int | None
+    problem: PipelineProblem, chains: Chains, stages: Sequence[int], chunk: int, capacity: int | None
 ) -> int:
     num_chunks = len(stages)
     forward = [problem.forward_us[s] for s in stages]
@@ -152,7 +152,7 @@ def _head_idle_us(
 
 
 def _tail_idle_us(
-    problem: PipelineProblem, chains: _Chains, stages: Sequence[int], chunk: int, capacity: int | None
+    problem: PipelineProblem, chains: Chains, stages: Sequence[int], chunk: int, capacity: int | None
 ) -> int:
     num_chunks = len(stages)
     forward = [problem.forward_us[s] for s in stages]
@@ -229,7 +229,7 @@ def memory_energy_bound_us(problem: PipelineProblem) -> int:
     """
     if problem.capacity_bytes is None:
         return 0
-    chains = _Chains(problem)
+    chains = Chains(problem)
     best = 0
     for rank, stages in enumerate(problem.stages_of_rank):
         horizon_us = _energy_by_bytes_us(problem, chains, rank)
@@ -240,7 +240,7 @@ def memory_energy_bound_us(problem: PipelineProblem) -> int:
     return best
 
 
-def _energy_by_count_us(problem: PipelineProblem, chains: _Chains, rank: int) -> int:
+def _energy_by_count_us(problem: PipelineProblem, chains: Chains, rank: int) -> int:
     """The memory-energy bound of a rank with one chunk, counting microbatches between F start and back op end.
 
     Let x be their number. x ≤ K = ⌊capacity / M_B⌋ (and ≤ m); while a W runs, whose microbatch is not in x but holds
@@ -272,7 +272,7 @@ def _energy_by_count_us(problem: PipelineProblem, chains: _Chains, rank: int) ->
     return -((-area - lost) // most)
 
 
-def _energy_by_bytes_us(problem: PipelineProblem, chains: _Chains, rank: int) -> int:
+def _energy_by_bytes_us(problem: PipelineProblem, chains: Chains, rank: int) -> int:
     """The memory-energy bound of a rank in bytes, any number of chunks.
 
     Let u be the bytes held by microbatches between F start and back op end, plus min(M_B, M_W) of the microbatch whose W
