@@ -104,29 +104,53 @@ def synthetic_batch(spec: ModelSpec, num_sequences: int, *, seed: int, step: int
     return tokens[:, :-1].clone(), tokens[:, 1:].clone()
 
 
-def _check(architecture: Architecture, spec: ModelSpec) -> None:
-    is_llama = architecture == "llama"
-    wanted: dict[str, object] = {
-        "gated_mlp": is_llama,
-        "learned_positions": not is_llama,
-        "norm": "rmsnorm" if is_llama else "layernorm",
-        "linear_bias": not is_llama,
-        "qkv_bias": not is_llama,
+_TRAITS: dict[Architecture, dict[str, object]] = {
+    "gpt2": {
+        "gated_mlp": False,
+        "learned_positions": True,
+        "norm": "layernorm",
+        "linear_bias": True,
+        "qkv_bias": True,
         "tied_embeddings": False,
         "moe": None,
         "latent_attention": None,
-        "num_kv_heads": spec.num_kv_heads if is_llama else spec.num_heads,
-    }
-    wrong = [
-        f"{name} is {getattr(spec, name)}, not {value}"
-        for name, value in wanted.items()
-        if getattr(spec, name) != value
-    ]
-    if wrong:
+    },
+    "llama": {
+        "gated_mlp": True,
+        "learned_positions": False,
+        "norm": "rmsnorm",
+        "linear_bias": False,
+        "tied_embeddings": False,
+        "moe": None,
+        "latent_attention": None,
+    },
+}
+
+
+def architecture_of(spec: ModelSpec) -> Architecture:
+    """The bundled architecture with this shape; ProfileError names what none of them has."""
+    differences: dict[Architecture, list[str]] = {name: _differences(name, spec) for name in _TRAITS}
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    _check(nearest, spec)
+    return nearest
+
+
+def _check(architecture: Architecture, spec: ModelSpec) -> None:
+    if differences := _differences(architecture, spec):
         raise ProfileError(
-            f"model {spec.name!r} is not a bundled {architecture} model: {'; '.join(wrong)}; "
+            f"model {spec.name!r} is not a bundled {architecture} model: {'; '.join(differences)}; "
             "profile it from your own layers with profiles.measure.profile_layers"
         )
+
+
+def _differences(architecture: Architecture, spec: ModelSpec) -> list[str]:
+    traits = _TRAITS[architecture]
+    different = [f"{name} is not {wanted}" for name, wanted in traits.items() if getattr(spec, name) != wanted]
+    if architecture == "gpt2" and spec.num_kv_heads != spec.num_heads:
+        different.append(f"num_kv_heads {spec.num_kv_heads} is not num_heads {spec.num_heads}")
+    if architecture == "llama" and spec.head_dim % 2:
+        different.append(f"head_dim {spec.head_dim} is odd")
+    return different
 
 
 def _build_layer(
@@ -238,7 +262,7 @@ class Rotary(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """Pre-norm grouped-query attention with rotary positions, and SwiGLU."""
+    """Pre-norm grouped-query attention with rotary positions (biases on Q, K, V where the spec says so), and SwiGLU."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -246,9 +270,9 @@ class LlamaBlock(nn.Module):
         self.is_grouped = spec.num_kv_heads != spec.num_heads
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=1e-5)
-        self.query = nn.Linear(spec.hidden_size, q_size, bias=False)
-        self.key = nn.Linear(spec.hidden_size, kv_size, bias=False)
-        self.value = nn.Linear(spec.hidden_size, kv_size, bias=False)
+        self.query = nn.Linear(spec.hidden_size, q_size, bias=spec.qkv_bias)
+        self.key = nn.Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias)
+        self.value = nn.Linear(spec.hidden_size, kv_size, bias=spec.qkv_bias)
         self.rotary = Rotary(spec.head_dim, spec.sequence_length)
         self.attention_out = nn.Linear(q_size, spec.hidden_size, bias=False)
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=1e-5)

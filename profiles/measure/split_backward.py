@@ -69,7 +69,8 @@ class WeightGradStore:
     def __init__(self) -> None:
         self._queue: deque[_Work] = deque()
 
-    def __len__(self) -> int:
+    @property
+    def num_pending(self) -> int:
         """Layer calls whose weight gradients are still to be computed."""
         return len(self._queue)
 
