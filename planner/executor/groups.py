@@ -1,23 +1,21 @@
 """Who is who: the process group, this process's coordinates in the layout, and the groups it talks in.
 
-A global rank is (pipeline_rank × dp + data_rank) × tp + tensor_rank, as in `planner.plan.Layout`.
+A global rank is (pipeline_rank × dp + data_rank) × tp + tensor_rank, as in `planner.plans.Layout`.
 """
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.errors import ExecutionError
-from planner.plan import Layout
-from planner.schedule.transfers import Transfer
-
-Channel = tuple[int, int, Literal["activation", "gradient"]]  # from pipeline rank, to pipeline rank, kind
+from planner.executor.program import Channel
+from planner.plans import Layout
 
 
 @dataclass(frozen=True)
@@ -96,14 +94,12 @@ def connect(layout: Layout, device: torch.device | None, backend: str | None, ti
         torch.cuda.set_device(device)
     if owns_world:
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-        on_device = device if device.type == "cuda" else None
+        # Not bound to its device: a bound group would split its communicator for every channel and bystander.
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout, device_id=on_device)
+            dist.init_process_group(backend, timeout=timeout)
         else:  # one process outside torchrun needs no rendezvous
             store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in its __all__
-            dist.init_process_group(
-                backend, timeout=timeout, device_id=on_device, store=store, rank=0, world_size=1
-            )
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
     return Groups(
         coordinates=Coordinates.of(layout, dist.get_rank()),
@@ -114,26 +110,24 @@ def connect(layout: Layout, device: torch.device | None, backend: str | None, ti
     )
 
 
-def channel_of(transfer: Transfer) -> Channel:
-    """The channel a transfer takes."""
-    return transfer.from_rank, transfer.to_rank, transfer.kind
-
-
 def channel_groups(
-    groups: Groups, channels: list[Channel], timeout: timedelta
+    groups: Groups, layout: Layout, channels: Sequence[Channel], timeout: timedelta
 ) -> dict[Channel, dist.ProcessGroup]:
-    """A group of two for each of `channels`, the ones this rank sends or receives on; connected on return.
+    """A group of two for each channel this process sends or receives on, connected; `channels` are all of them.
 
     NCCL runs what is in one communicator in order, so a receive that waits would hold up everything behind
-    it: every channel gets its own. Both ends meet here in the same order (sorted), so nobody waits in a
-    circle.
+    it: every channel gets its own. All processes make all groups in one order: torch names groups by counting
+    them, and making a group among its members alone can hang (github.com/pytorch/pytorch/pull/189073).
     """
-    members = dist.get_process_group_ranks(groups.pipeline)
     made: dict[Channel, dist.ProcessGroup] = {}
+    here = groups.coordinates
     probe = torch.zeros(1, device=groups.device)
-    for channel in sorted(channels):
-        ends = [members[channel[0]], members[channel[1]]]
-        group = dist.new_group(ends, timeout=timeout, use_local_synchronization=True)
+    for other in range(layout.dp * layout.tp):
+        for channel in channels:
+            ends = [rank * layout.dp * layout.tp + other for rank in channel[:2]]
+            group = dist.new_group(ends, timeout=timeout)
+            if here.global_rank in ends:
+                made[channel] = group
+    for group in made.values():  # the same order at both ends: nobody waits in a circle
         dist.all_reduce(probe, group=group)
-        made[channel] = group
     return made

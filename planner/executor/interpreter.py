@@ -117,9 +117,7 @@ class Interpreter:
         if loss is not None:
             return None
         if not output.is_floating_point():
-            raise ExecutionError(
-                f"stage {index} made {output.dtype}; between stages tensors are floating point"
-            )
+            raise ExecutionError(f"stage {index} made {output.dtype}; between stages tensors are floating point")
         if step.send is None:
             self._activations[index + 1, microbatch] = output.detach()
             return None
@@ -129,9 +127,7 @@ class Interpreter:
         loss = self._loss_fn(output, self._targets[microbatch])
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ExecutionError(
-                f"loss_fn returned {what} for microbatch {microbatch}; it must return one number"
-            )
+            raise ExecutionError(f"loss_fn returned {what} for microbatch {microbatch}; it must return one number")
         return loss
 
     def _backward(self, step: Step, received: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from planner.executor.trace import RankTrace
-from planner.plan import Plan
+from planner.plans import Plan
 from profiles.facts import Count, Facts, NonNegative
 from profiles.measure.models import Architecture
 from profiles.model import Dtype, ModelSpec

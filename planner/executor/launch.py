@@ -31,7 +31,7 @@ from planner.executor.job import (
 )
 from planner.executor.run_report import ActionTime, Exactness, RunReport, StepParts
 from planner.executor.trace import Trace
-from planner.plan import Plan, StageCosts
+from planner.plans import Plan, StageCosts
 from planner.schedule.actions import Kind
 from planner.schedule.validation import check as check_schedule
 from profiles.model import Dtype
@@ -130,9 +130,7 @@ def _refuse_what_cannot_run(plan: Plan, device: Literal["auto", "cpu", "cuda"]) 
     return "cuda" if device == "cuda" or available >= layout.num_devices else "cpu"
 
 
-def _run(
-    module: Sequence[str], job: JobDirectory, on_progress: Callable[[StepProgress], None] | None
-) -> None:
+def _run(module: Sequence[str], job: JobDirectory, on_progress: Callable[[StepProgress], None] | None) -> None:
     """Run `python -m module...` to its end. ExecutionError when it failed."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     root = str(Path(__file__).parents[2])  # importable by the processes however it was here
@@ -194,11 +192,7 @@ def _explain(job: JobDirectory, status: int) -> str:
     if killed is not None:
         number, rank = int(killed[1]), killed[2]
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        hint = (
-            "; out of memory? Use fewer layers, a smaller micro-batch or recompute"
-            if name == "SIGKILL"
-            else ""
-        )
+        hint = "; out of memory? Plan a smaller micro-batch, or recompute" if name == "SIGKILL" else ""
         return f"process {rank} was ended by {name}{hint}"
     if errors:
         return min(errors, key=lambda error: error.when_s).message
@@ -211,15 +205,11 @@ def _report(
 ) -> RunReport:
     layout, predicted = plan.layout, plan.prediction
     skipped = min(_WARM_UP_STEPS, request.steps - 1)
-    pipeline = _slowest([result.pipeline_us for result in results])
-    reduction = _slowest([result.data_parallel_us for result in results])
-    optimizer = _slowest([result.optimizer_us for result in results])
-    step_times = _slowest(
-        [
-            [sum(parts) for parts in zip(r.pipeline_us, r.data_parallel_us, r.optimizer_us, strict=True)]
-            for r in results
-        ]
-    )
+    # Per step, the parts of the process that took longest.
+    parts_by_process = [zip(r.pipeline_us, r.data_parallel_us, r.optimizer_us, strict=True) for r in results]
+    slowest = [max(step, key=sum) for step in zip(*parts_by_process, strict=True)]
+    step_times = [sum(parts) for parts in slowest]
+    pipeline, reduction, optimizer = zip(*slowest, strict=True)
     losses = next(result.losses for result in results if result.losses)
     memory = [result.peak_device_memory_bytes for result in results[:: layout.dp * layout.tp]]
     return RunReport(
@@ -255,14 +245,7 @@ def _report(
     )
 
 
-def _slowest(times_us: Sequence[Sequence[float]]) -> list[float]:
-    """Per step, the largest over processes."""
-    return [max(step) for step in zip(*times_us, strict=True)]
-
-
-def _action_times(
-    stages: Sequence[StageCosts], results: Sequence[RankResult], skipped: int
-) -> tuple[ActionTime, ...]:
+def _action_times(stages: Sequence[StageCosts], results: Sequence[RankResult], skipped: int) -> tuple[ActionTime, ...]:
     seen: defaultdict[tuple[Kind, int], list[tuple[float, float]]] = defaultdict(list)
     for result in results:
         for step in result.trace.steps:

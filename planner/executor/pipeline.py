@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from planner.errors import ExecutionError
 from planner.executor.gradients import add_gradients, reduce_gradients, take_gradients
-from planner.executor.groups import Coordinates, channel_groups, channel_of, connect, refuse_unsupported
+from planner.executor.groups import Coordinates, channel_groups, connect, refuse_unsupported
 from planner.executor.interpreter import Interpreter, LossFunction
 from planner.executor.program import rank_program
 from planner.executor.stage import Layer, Stage, build_layer
 from planner.executor.trace import RankTrace, Trace, Tracer
 from planner.executor.transport import Transport
-from planner.plan import Plan
+from planner.plans import Plan
 from planner.schedule.validation import check
 
 
@@ -102,8 +102,7 @@ class Pipeline:
         self.tracer = Tracer(self.device, keep=trace_steps)
         channels = None
         if not self._groups.matches_by_tag:
-            ends = {channel_of(t) for s in program.steps for t in (s.receive, s.send) if t is not None}
-            channels = channel_groups(self._groups, list(ends), timeout)
+            channels = channel_groups(self._groups, layout, program.channels, timeout)
         self._transport = Transport(
             program, self._groups.pipeline, self.device, channels=channels, receive_ahead=receive_ahead
         )
@@ -202,7 +201,7 @@ class Pipeline:
             return cls(self.parameters(), **options)
         with warnings.catch_warnings():
             # On import the package warns about its own use of torch.jit.
-            warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
             from torch.distributed.optim import ZeroRedundancyOptimizer
         return ZeroRedundancyOptimizer(
             self.parameters(), optimizer_class=cls, process_group=self._groups.data, **options
@@ -226,6 +225,10 @@ class Pipeline:
         """The processes that hold the same stages as this one."""
         return self._groups.data
 
+    def barrier(self) -> None:
+        """Wait until every process of the job is here."""
+        dist.all_reduce(torch.zeros(1, device=self.device))
+
     def close(self) -> None:
         """Leave the job; the process group goes too if it was made here."""
         if self._groups.owns_world and dist.is_initialized():
@@ -245,9 +248,7 @@ class Pipeline:
             self.close()
 
 
-def _refuse_ties_across_ranks(
-    layers: Sequence[Layer], bounds: Sequence[int], rank_of_stage: Sequence[int]
-) -> None:
+def _refuse_ties_across_ranks(layers: Sequence[Layer], bounds: Sequence[int], rank_of_stage: Sequence[int]) -> None:
     """A parameter shared by layers of two ranks would be trained as two."""
     home: dict[int, tuple[int, int]] = {}
     for stage, rank in enumerate(rank_of_stage):

@@ -7,9 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import Literal
 
 from planner.schedule.actions import Action, Kind, Schedule
 from planner.schedule.transfers import Transfer, transfers
+
+Channel = tuple[int, int, Literal["activation", "gradient"]]  # from rank, to rank, what
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +36,8 @@ class RankProgram:
     stages: tuple[int, ...]  # ascending
     split: frozenset[tuple[int, int]]  # (stage, microbatch) whose backward is B and W, not BW
     incoming: tuple[Transfer, ...]  # in the order this rank needs them
-    sent_to_me: tuple[
-        Transfer, ...
-    ]  # the same transfers; on each channel, in the order the other end sends them
+    sent_to_me: tuple[Transfer, ...]  # the same transfers; on each channel, in the order the other end sends them
+    channels: tuple[Channel, ...]  # of the whole pipeline, sorted
 
 
 def rank_program(schedule: Schedule, rank: int) -> RankProgram:
@@ -45,9 +47,7 @@ def rank_program(schedule: Schedule, rank: int) -> RankProgram:
     mine = schedule.ranks[rank]
     receives = {_consumer(t): t for t in every if t.to_rank == rank}
     sends = {_producer(t): t for t in every if t.from_rank == rank}
-    undelivered: defaultdict[int, list[tuple[int, Transfer]]] = defaultdict(
-        list
-    )  # by receiver; heap by its step
+    undelivered: defaultdict[int, list[tuple[int, Transfer]]] = defaultdict(list)  # by receiver; heap by its step
     steps = []
     for action in mine:
         key = (_is_forward(action), action.stage, action.microbatch)
@@ -73,7 +73,13 @@ def rank_program(schedule: Schedule, rank: int) -> RankProgram:
         split=frozenset((a.stage, a.microbatch) for a in mine if a.kind is Kind.B),
         incoming=tuple(step.receive for step in steps if step.receive is not None),
         sent_to_me=tuple(t for t in every if t.to_rank == rank),
+        channels=tuple(sorted({channel_of(t) for t in every})),
     )
+
+
+def channel_of(transfer: Transfer) -> Channel:
+    """The channel a transfer takes."""
+    return transfer.from_rank, transfer.to_rank, transfer.kind
 
 
 _Key = tuple[bool, int, int]  # is a forward, stage, microbatch: the actions that transfer, B and BW alike

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from planner.executor.job import JobDirectory, ReferenceResult, RunRequest, model_of
 from planner.executor.train import write_error
-from planner.plan import Plan
+from planner.plans import Plan
 from profiles.measure.models import build_layers, loss_fn, synthetic_batch
 
 
@@ -49,9 +49,9 @@ def _train(job: JobDirectory, request: RunRequest, plan: Plan) -> None:
         if step == 0:
             worst = _worst_gradient(job, plan, dict(model.named_parameters()))
         optimizer.step()
-    ReferenceResult(
-        losses=tuple(losses), gradient_relative_difference=worst[0], worst_parameter=worst[1]
-    ).save(job.reference)
+    ReferenceResult(losses=tuple(losses), gradient_relative_difference=worst[0], worst_parameter=worst[1]).save(
+        job.reference
+    )
 
 
 def _worst_gradient(job: JobDirectory, plan: Plan, parameters: dict[str, nn.Parameter]) -> tuple[float, str]:

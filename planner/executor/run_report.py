@@ -8,7 +8,7 @@ from profiles.facts import Count, Facts, NonNegative
 
 
 class StepParts(Facts):
-    """One optimizer step and its parts, in µs. Measured: medians over steps of the slowest process."""
+    """One optimizer step and its parts, in µs. Measured: of each step's slowest process, medians over steps."""
 
     step_us: NonNegative
     pipeline_us: NonNegative  # from the first action to the last, waiting included

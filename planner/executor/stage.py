@@ -16,9 +16,7 @@ Layer = nn.Module | Callable[[], nn.Module]
 class Stage(nn.Module):
     """Consecutive layers, called one after the other with one tensor."""
 
-    def __init__(
-        self, index: int, first_layer: int, layers: Sequence[nn.Module], *, recompute: bool, splits: bool
-    ):
+    def __init__(self, index: int, first_layer: int, layers: Sequence[nn.Module], *, recompute: bool, splits: bool):
         """`first_layer` is the model's index of the first of `layers`; `splits`: some backward is B and W."""
         super().__init__()
         self.index = index

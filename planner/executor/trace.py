@@ -68,9 +68,7 @@ def _shifted(rank: RankTrace, origin_us: float) -> RankTrace:
     steps = []
     for step in rank.steps:
         events = [
-            event.model_copy(
-                update={"start_us": event.start_us - origin_us, "end_us": event.end_us - origin_us}
-            )
+            event.model_copy(update={"start_us": event.start_us - origin_us, "end_us": event.end_us - origin_us})
             for event in step.events
         ]
         steps.append(step.model_copy(update={"events": tuple(events)}))

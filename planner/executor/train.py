@@ -19,7 +19,7 @@ from planner.errors import ExecutionError
 from planner.executor.job import JobDirectory, RankError, RankResult, RunRequest, StepProgress, model_of
 from planner.executor.pipeline import Pipeline
 from planner.executor.transport import LostPeerError
-from planner.plan import Plan
+from planner.plans import Plan
 from profiles.errors import PipewrightError
 from profiles.measure.models import Architecture, build_layers, loss_fn, synthetic_batch
 from profiles.model import ModelSpec
@@ -100,7 +100,7 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
     for step in range(request.steps):
         inputs, targets = synthetic_batch(spec, plan.global_batch_size, seed=request.seed, step=step)
         optimizer.zero_grad()
-        dist.barrier()  # steps start together, as they do in the prediction
+        pipe.barrier()  # steps start together, as they do in the prediction
         start = _now_us(pipe.device)
         loss = pipe.step(inputs[mine], targets[mine])
         middle = _now_us(pipe.device)

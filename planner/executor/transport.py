@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from planner.errors import ExecutionError
-from planner.executor.groups import Channel, channel_of
-from planner.executor.program import RankProgram
+from planner.executor.program import Channel, RankProgram, channel_of
 from planner.schedule.transfers import Transfer
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -183,7 +182,7 @@ class Transport:
     def _route(self, transfer: Transfer, peer: int) -> tuple[dist.ProcessGroup, int]:
         if self._channels is None:
             return self._group, peer
-        return self._channels[channel_of(transfer)], int(peer == transfer.to_rank)
+        return self._channels[channel_of(transfer)], int(peer > self._program.rank)  # of two, in rank order
 
     def _tag(self, transfer: Transfer, header: bool) -> int:
         if self._channels is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from planner.plan import Certificate, Layout, Plan, Prediction, Provenance, RankMemory, StageCosts
+from planner.plans import Certificate, Layout, Plan, Prediction, Provenance, RankMemory, StageCosts
 from planner.schedule.actions import Action, Kind, Schedule
 from profiles.model import Dtype, ModelSpec
 

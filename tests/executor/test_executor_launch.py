@@ -1,0 +1,120 @@
+"""`run_plan`: the bundled models under torchrun, and how failures end."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from executor_cases import make_plan
+
+from planner.errors import ExecutionError
+from planner.executor.launch import run_plan
+from planner.executor.trace import Trace
+from planner.schedule.families import get_family
+from profiles.errors import FileError
+from profiles.measure.models import model_spec_for
+
+
+@pytest.fixture
+def plan_path(tmp_path):
+    return save_plan(tmp_path, "zb-h1")
+
+
+def save_plan(directory: Path, family: str, **options: object) -> Path:
+    spec = model_spec_for("gpt2", num_layers=2, hidden_size=16, num_heads=2, vocab_size=31, sequence_length=8)
+    defaults = {"layers_per_stage": [2, 2], "model": spec, "architecture": "gpt2", "sequence_length": 8}
+    plan = make_plan(get_family(family).generate(2, 4, 1), family=family, **(defaults | options))
+    path = directory / "plan.json"
+    plan.save(path)
+    return path
+
+
+def test_a_run_trains_exactly_as_one_process_does_and_says_how_long_it_took(plan_path, tmp_path):
+    steps = []
+    report = run_plan(
+        plan_path, steps=4, device="cpu", check=True, trace_path=tmp_path / "trace.json", on_progress=steps.append
+    )
+    assert report.exactness is not None
+    assert report.exactness.worst_loss_relative_difference < 1e-10
+    assert report.exactness.gradient_relative_difference < 1e-10
+    assert report.losses[-1] < report.losses[0]
+    assert [step.step for step in steps] == [0, 1, 2, 3]
+    assert [step.loss for step in steps] == list(report.losses)
+    assert (report.num_processes, report.backend, report.device, report.dtype) == (2, "gloo", "cpu", "float64")
+    assert [(a.kind, a.stage, a.count) for a in report.actions] == [(k, s, 8) for s in (0, 1) for k in "FBW"]
+    assert report.predicted.step_us == 10.0
+    assert report.measured.step_us > 0
+    trace = Trace.load(tmp_path / "trace.json")
+    assert [len(rank.steps) for rank in trace.ranks] == [4, 4]
+
+
+def test_a_process_that_cannot_work_ends_the_run_with_its_own_words(plan_path):
+    with pytest.raises(ExecutionError, match=r"process \d failed with \w+: .*carrier-pigeon"):
+        run_plan(plan_path, steps=1, device="cpu", backend="carrier-pigeon")
+
+
+def test_a_killed_process_ends_the_run_and_is_named(plan_path):
+    def kill_one(_):
+        for pid in workers():
+            os.kill(pid, signal.SIGKILL)
+            break
+
+    with pytest.raises(ExecutionError, match=r"process \d was ended by SIGKILL; out of memory\?"):
+        run_plan(plan_path, steps=100_000, device="cpu", on_progress=kill_one)
+    assert workers() == []
+
+
+def test_an_interrupt_leaves_no_process_behind(plan_path):
+    def interrupt(_):
+        assert len(workers()) == 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan_path, steps=100_000, device="cpu", on_progress=interrupt)
+    assert workers() == []
+
+
+def workers() -> list[int]:
+    """Training processes that this process's torchrun has started."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and "planner.executor.train" in (entry / "cmdline").read_text():
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it ended while we looked
+    return [pid for pid, parent in parents.items() if parents.get(parent) == os.getpid()]
+
+
+def test_a_plan_without_a_bundled_model_points_to_the_pipeline_class(tmp_path):
+    path = save_plan(tmp_path, "1f1b", architecture=None)
+    with pytest.raises(ExecutionError, match=r"not made from a bundled model.*planner\.executor\.Pipeline"):
+        run_plan(path, device="cpu")
+
+
+def test_a_plan_with_too_few_layers_is_refused(tmp_path):
+    path = save_plan(tmp_path, "1f1b", layers_per_stage=[2, 1])
+    with pytest.raises(ExecutionError, match=r"has 4 layers with embedding and head.*\[2, 1\] add up to 3"):
+        run_plan(path, device="cpu")
+
+
+def test_a_tensor_parallel_plan_is_refused_before_any_process_starts(tmp_path):
+    path = save_plan(tmp_path, "1f1b", tp=2)
+    with pytest.raises(ExecutionError, match="tp=2 is not yet run"):
+        run_plan(path, device="cpu")
+
+
+def test_more_cuda_devices_than_there_are_is_refused(plan_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ExecutionError, match="runs on 2 CUDA devices, this machine has 1"):
+        run_plan(plan_path, device="cuda")
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path):
+    with pytest.raises(FileError, match="no such file"):
+        run_plan(tmp_path / "nothing.json")
+
+
+def test_steps_below_one_are_a_wrong_argument(plan_path):
+    with pytest.raises(ValueError, match="steps is 0"):
+        run_plan(plan_path, steps=0)
