@@ -2,6 +2,7 @@
 
 import pulp
 
+from solvers.cbc_command import cbc_command
 from solvers.partition import PartitionSolution, StagePartition, rescored
 from solvers.status import SolverError, Status
 
@@ -24,8 +25,8 @@ def solve(problem: StagePartition, *, time_limit_s: float, seed: int) -> Partiti
     """Least bottleneck within the limit. Sizes are scaled to shares of the capacity inside, so answers are rescored."""
     layers, stages = range(problem.num_layers), range(problem.num_stages)
     model = pulp.LpProblem("stage_partition", pulp.LpMinimize)
-    y = [[pulp.LpVariable(f"y{layer}_{stage}", cat=pulp.LpBinary) for stage in stages] for layer in layers]
-    bottleneck = pulp.LpVariable("bottleneck_us", lowBound=max(problem.times_us), cat=pulp.LpInteger)
+    y = [[model.add_variable(f"y{layer}_{stage}", cat=pulp.LpBinary) for stage in stages] for layer in layers]
+    bottleneck = model.add_variable("bottleneck_us", lowBound=max(problem.times_us), cat=pulp.LpInteger)
     model += bottleneck
     for layer in layers:
         model += y[layer][0] == 1
@@ -48,8 +49,7 @@ def solve(problem: StagePartition, *, time_limit_s: float, seed: int) -> Partiti
         model += pulp.lpSum(load) <= bottleneck
         if problem.capacity_bytes is not None:
             model += pulp.lpSum(used) <= problem.capacity_bytes[rank]
-    options = [f"randomCbcSeed {seed & 0x7FFFFFFF}", f"randomSeed {seed & 0x7FFFFFFF}"]
-    model.solve(pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit_s, threads=1, options=options))
+    model.solve(cbc_command(time_limit_s=time_limit_s, seed=seed))
     status = _STATUS.get((model.status, model.sol_status))
     if status is None:
         raise SolverError(f"CBC ended the partition model with {model.status}, {model.sol_status}")

@@ -1,10 +1,11 @@
 """Stage partition with one stage per rank, exactly and without a solver.
 
-The least bottleneck by bisection: for a deadline M, give each stage in turn as many layers as time and memory allow. A
-stage that starts later reaches at least as far, so the greedy reach is the furthest any cuts get, and M is feasible exactly
-if it reaches the end with every stage non-empty (a stage can always give layers to the next only if the next has none, so
-each is made to leave one layer for every stage behind it). Then, among all cuts with that bottleneck, a dynamic programme
-takes those with the least sum of squared loads, the earliest cuts first: the same answer every time, and no lopsided one.
+The least bottleneck by bisection: for a deadline M, give each stage in turn as many layers as time and memory allow, but
+leave one for every stage behind it. A stage that starts later reaches at least as far, so no cuts get further than these,
+and M is feasible exactly if they reach the end. That holds while every stage can hold any one layer; where some cannot, a
+stage may have to start earlier to start at all, and all reachable ends are followed instead of the furthest one.
+Then, among all cuts with that bottleneck, a dynamic programme takes those with the least sum of squared loads, the
+earliest cuts first: the same answer every time, and no lopsided one.
 """
 
 from bisect import bisect_right
@@ -52,19 +53,26 @@ def _memory_reaches(problem: StagePartition) -> list[list[int]]:
 
 
 def _feasible(times: list[int], reaches: list[list[int]], deadline_us: int) -> bool:
-    """Whether some cuts keep every load within the deadline.
-
-    After s stages the reachable ends are an interval of layers: from s on (one layer each) up to the greedy reach.
-    It is empty exactly if the greedy reach falls short of s.
-    """
+    """Whether some cuts keep every load within the deadline, which no single layer exceeds."""
     num_layers, num_stages, cut = len(times) - 1, len(reaches), 0
-    for stage in range(num_stages):
-        furthest = min(bisect_right(times, times[cut] + deadline_us) - 1, reaches[stage][cut])
-        furthest = min(furthest, num_layers - (num_stages - 1 - stage))
-        if furthest <= cut:
-            return False
-        cut = furthest
-    return cut == num_layers
+    for stage, reach in enumerate(reaches):
+        furthest = min(bisect_right(times, times[cut] + deadline_us) - 1, reach[cut])
+        cut, start = min(furthest, num_layers - (num_stages - 1 - stage)), cut
+        if cut <= start:
+            break
+    else:
+        if cut == num_layers:
+            return True
+    if all(reach[layer] > layer for reach in reaches for layer in range(num_layers)):
+        return False
+    starts = [0]
+    for reach in reaches:
+        ends: list[int] = []
+        for start in starts:  # ascending, and so are their furthest ends
+            furthest = min(bisect_right(times, times[start] + deadline_us) - 1, reach[start])
+            ends.extend(range(max(start, ends[-1] if ends else 0) + 1, furthest + 1))
+        starts = ends
+    return bool(starts) and starts[-1] == num_layers
 
 
 def _most_even_cuts(times: list[int], reaches: list[list[int]], deadline_us: int) -> tuple[int, ...]:
