@@ -101,9 +101,16 @@ def connect(layout: Layout, device: torch.device | None, backend: str | None, ti
             store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in its __all__
             dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    backend = backends.get(device.type)
+    if backend is None or (backend == "gloo" and device.type == "cuda"):
+        raise ExecutionError(
+            f"the process group sends {', '.join(f'{d} tensors by {b}' for d, b in backends.items())}, which cannot "
+            f"send from one process to another on {device.type}; use {'nccl' if device.type == 'cuda' else 'gloo'}"
+        )
     return Groups(
         coordinates=Coordinates.of(layout, dist.get_rank()),
-        backend=dist.get_backend(),
+        backend=backend,
         device=device,
         mesh=mesh,
         owns_world=owns_world,

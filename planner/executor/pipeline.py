@@ -85,6 +85,8 @@ class Pipeline:
         self._groups = connect(layout, None if device is None else torch.device(device), backend, timeout)
         self.device = self._groups.device
         program = rank_program(schedule, self.coordinates.pipeline_rank)
+        # As the profile counts it: blocks are recomputed, the embedding and the head are not.
+        recompute = range(1, len(layers) - 1) if layout.recompute == "full" else ()
         stages = {}
         for index in program.stages:
             first, end = bounds[index], bounds[index + 1]
@@ -92,7 +94,7 @@ class Pipeline:
                 index,
                 first,
                 [build_layer(n, layers[n], self.device, dtype) for n in range(first, end)],
-                recompute=layout.recompute == "full",
+                recompute=recompute,
                 splits=any(stage == index for stage, _ in program.split),
             )
         self.stages = tuple(stages.values())
@@ -120,6 +122,11 @@ class Pipeline:
     def coordinates(self) -> Coordinates:
         """This process's place in the layout."""
         return self._groups.coordinates
+
+    @property
+    def backend(self) -> str:
+        """What sends tensors: gloo or nccl."""
+        return self._groups.backend
 
     @property
     def peak_boundary_tensors(self) -> int:

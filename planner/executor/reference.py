@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from planner.executor.job import JobDirectory, ReferenceResult, RunRequest, model_of
-from planner.executor.train import write_error
+from planner.executor.train import end_with, write_error
 from planner.plans import Plan
 from profiles.measure.models import build_layers, loss_fn, synthetic_batch
 
@@ -19,7 +19,9 @@ def main(directory: str) -> int:
     """Train, compare the first gradients with those the job saved, write the result; the exit status."""
     job = JobDirectory(directory)
     try:
-        _train(job, RunRequest.load(job.request), Plan.load(job.plan))
+        request = RunRequest.load(job.request)
+        end_with(request.launcher_pid)
+        _train(job, request, Plan.load(job.plan))
     except Exception as error:
         write_error(job, "reference", error, who="the reference process")
         return 1

@@ -1,6 +1,6 @@
 """The layers of one stage on this process, and how a forward through them is run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -16,12 +16,14 @@ Layer = nn.Module | Callable[[], nn.Module]
 class Stage(nn.Module):
     """Consecutive layers, called one after the other with one tensor."""
 
-    def __init__(self, index: int, first_layer: int, layers: Sequence[nn.Module], *, recompute: bool, splits: bool):
-        """`first_layer` is the model's index of the first of `layers`; `splits`: some backward is B and W."""
+    def __init__(
+        self, index: int, first_layer: int, layers: Sequence[nn.Module], *, recompute: Container[int], splits: bool
+    ):
+        """`first_layer`: the model's index of the first of `layers`; `recompute`: such indices; `splits`: some B is without W."""
         super().__init__()
         self.index = index
         self.layers = nn.ModuleDict({str(first_layer + n): layer for n, layer in enumerate(layers)})
-        self._recompute = recompute
+        self._recompute = {name for name in self.layers if int(name) in recompute}
         if splits:
             try:
                 prepare(self)
@@ -33,7 +35,7 @@ class Stage(nn.Module):
         context = nullcontext() if store is None else deferring(store)
         with context:
             for name, layer in self.layers.items():
-                value = call_with_recompute(layer, value) if self._recompute else layer(value)
+                value = call_with_recompute(layer, value) if name in self._recompute else layer(value)
                 if not isinstance(value, Tensor):
                     raise ExecutionError(
                         f"layer {name} ({type(layer).__name__}) returned {type(value).__name__}; layers pass "

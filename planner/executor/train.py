@@ -33,7 +33,7 @@ def main(directory: str) -> int:
     rank = int(os.environ["RANK"])
     try:
         request = RunRequest.load(job.request)
-        _end_with(request.launcher_pid)
+        end_with(request.launcher_pid)
         _train(job, request)
     except Exception as error:
         write_error(job, str(rank), error, who=f"process {rank}")
@@ -54,8 +54,8 @@ def write_error(job: JobDirectory, name: str, error: Exception, *, who: str) -> 
     ).save(job.error(name))
 
 
-def _end_with(launcher_pid: int) -> None:
-    """End this process when the launcher is gone: nobody would read the result, or stop the job."""
+def end_with(launcher_pid: int) -> None:
+    """End this process as soon as the launcher is gone: nobody would read the result, or stop the job."""
 
     def watch() -> None:
         while True:
@@ -125,7 +125,7 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
     on_cuda = pipe.device.type == "cuda"
     RankResult(
         trace=pipe.trace(),
-        backend=dist.get_backend(),
+        backend=pipe.backend,
         threads=torch.get_num_threads(),
         losses=tuple(losses),
         pipeline_us=tuple(pipeline_us),

@@ -164,6 +164,12 @@ def test_one_process_runs_a_plan_for_one_without_torchrun():
             pipe.step(inputs[:5], targets)
 
 
+def test_importing_the_executor_loads_no_solver():
+    look = "import sys, planner.executor; print([m for m in sys.modules if m in ('solvers', 'ortools', 'pulp')])"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 LAYERS = [nn.Identity(), nn.Identity()]
 
 
