@@ -1,7 +1,7 @@
 """Runs a plan for a bundled model on this machine: one process per device under torchrun, then a report.
 
 Whatever happens, no process stays behind: an error in one ends all, and so does an interrupt here, or the end
-of this process. What the processes print goes to a log that is kept for error messages only.
+of this process. What the processes print goes to a log that is kept only when a process failed in a way nobody foresaw.
 """
 
 import os
@@ -186,18 +186,26 @@ def _explain(job: JobDirectory, status: int) -> str:
         first = causes[0]
         if first.is_expected:
             return f"{first.message} (said by {first.who})"
-        return f"{first.who} failed with {first.type_name}: {first.message}"
+        return f"{first.who} failed with {first.type_name}: {first.message}{_keep_log(job)}"
     log = job.log.read_text(errors="replace")
     killed = re.search(r"exitcode: -(\d+)\) local_rank: (\d+)", log)
     if killed is not None:
         number, rank = int(killed[1]), killed[2]
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         hint = "; out of memory? Plan a smaller micro-batch, or recompute" if name == "SIGKILL" else ""
-        return f"process {rank} was ended by {name}{hint}"
+        return f"process {rank} was ended by {name}{hint}{_keep_log(job)}"
     if errors:
-        return min(errors, key=lambda error: error.when_s).message
+        return min(errors, key=lambda error: error.when_s).message + _keep_log(job)
     last = "\n".join(log.strip().splitlines()[-5:])
     return f"the job ended with status {status} before any process could say why; its last words:\n{last}"
+
+
+def _keep_log(job: JobDirectory) -> str:
+    """Save the log from the end of the job's directory; words that say where it is."""
+    handle, path = tempfile.mkstemp(prefix="pipewright-run-", suffix=".log")
+    with os.fdopen(handle, "wb") as kept:
+        kept.write(job.log.read_bytes())
+    return f" (log: {path})"
 
 
 def _report(

@@ -18,8 +18,11 @@ class Stage(nn.Module):
 
     def __init__(
         self, index: int, first_layer: int, layers: Sequence[nn.Module], *, recompute: Container[int], splits: bool
-    ):
-        """`first_layer`: the model's index of the first of `layers`; `recompute`: such indices; `splits`: some B is without W."""
+    ) -> None:
+        """`first_layer`: the model's index of the first of `layers`; `recompute`: which indices are recomputed.
+
+        `splits`: whether some backward of this stage is B and W. ExecutionError when that cannot be.
+        """
         super().__init__()
         self.index = index
         self.layers = nn.ModuleDict({str(first_layer + n): layer for n, layer in enumerate(layers)})

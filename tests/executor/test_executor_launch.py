@@ -1,7 +1,9 @@
 """`run_plan`: the bundled models under torchrun, and how failures end."""
 
 import os
+import re
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,11 @@ from planner.executor.trace import Trace
 from planner.schedule.families import get_family
 from profiles.errors import FileError
 from profiles.measure.models import model_spec_for
+
+
+@pytest.fixture(autouse=True)
+def _temporary_files_end_with_the_test(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture
@@ -49,8 +56,11 @@ def test_a_run_trains_exactly_as_one_process_does_and_says_how_long_it_took(plan
 
 
 def test_a_process_that_cannot_work_ends_the_run_with_its_own_words(plan_path):
-    with pytest.raises(ExecutionError, match=r"process \d failed with \w+: .*carrier-pigeon"):
+    with pytest.raises(ExecutionError, match=r"process \d failed with \w+: .*carrier-pigeon") as failure:
         run_plan(plan_path, steps=1, device="cpu", backend="carrier-pigeon")
+    log = re.search(r"\(log: (\S+)\)", str(failure.value))
+    assert log is not None
+    assert "Traceback" in Path(log[1]).read_text()
 
 
 def test_a_killed_process_ends_the_run_and_is_named(plan_path):
