@@ -13,17 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planner.api import json_schema, plan, validate
+    from planner.api import json_schema, plan, profile, validate
     from planner.plans import Plan
     from planner.scheduling import PipelineCosts, schedule_costs
 
-__all__ = ["PipelineCosts", "Plan", "json_schema", "plan", "schedule_costs", "validate"]
+__all__ = ["PipelineCosts", "Plan", "json_schema", "plan", "profile", "schedule_costs", "validate"]
 
 _HOME = {
     "PipelineCosts": "planner.scheduling",
     "Plan": "planner.plans",
     "json_schema": "planner.api",
     "plan": "planner.api",
+    "profile": "planner.api",
     "schedule_costs": "planner.scheduling",
     "validate": "planner.api",
 }

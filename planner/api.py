@@ -1,8 +1,7 @@
 """What a user can ask for, as functions: each command of `pipewright` calls one of these."""
 
 import json
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -13,14 +12,15 @@ from planner.errors import LayoutError, PlanError
 from planner.layout import Candidate, Pins, enumerate_space
 from planner.memory import RESERVE_FRACTION
 from planner.plans import Alternative, Certificate, Layout, Plan, Prediction, Provenance, ZeroStage
+from planner.pricing import Job, PricedLayout
 from planner.schedule.families import get_family
 from planner.schedule.simulation import simulate
 from planner.schedule.validation import check
-from planner.search import Job, PricedLayout, SearchProgress, SearchResult, search
+from planner.search import SearchProgress, SearchResult, search
 from profiles.analytic import profile_model
 from profiles.catalog import load_cluster, load_model_spec
 from profiles.cluster import Cluster
-from profiles.errors import FileError, ProfileError
+from profiles.errors import ProfileError
 from profiles.facts import canonical_json, parse_facts, read_text
 from profiles.model import Dtype, ModelProfile, ModelSpec, Recompute
 
@@ -65,10 +65,9 @@ def plan(
     job, space_of = _prepare(known, machines, global_batch_size, sequence_length, dtype, pins)
     free_pins = Pins(family=family)
     share = 0.6 if pins.any else 1.0
-    result = search(
-        job, space_of(pins), pins, time_limit_s=time_limit_s * share, seed=seed, on_progress=on_progress
-    )
-    beside: list[tuple[str, PricedLayout]] = [("", priced) for priced in _distinct(result.ranked[1:], result.ranked[0])]
+    result = search(job, space_of(pins), pins, time_limit_s=time_limit_s * share, seed=seed, on_progress=on_progress)
+    best = result.ranked[0]
+    beside = [("", priced) for priced in _distinct(result.ranked, best)]
     if pins.any and not result.interrupted:
         free = search(
             job,
@@ -76,14 +75,58 @@ def plan(
             free_pins,
             time_limit_s=time_limit_s * (1 - share),
             seed=seed,
+            known=result.ranked,
             on_progress=on_progress,
-        )
-        best = free.ranked[0]
-        others = [entry for entry in beside if entry[1].candidate != best.candidate]
-        beside = [("best without pins", best), *others]
-        if best.candidate == result.ranked[0].candidate:
-            beside = others
-    return _assemble(job, result, beside, family, time_limit_s, seed, command)
+        ).ranked
+        label = "best without pins" if free[0].candidate != best.candidate else ""
+        others = [("", priced) for priced in _distinct(free, free[0]) if priced.candidate[:4] != best.candidate[:4]]
+        beside = [*([(label, free[0])] if label else []), *others, *beside][:_NUM_ALTERNATIVES]
+    return _assemble(job, result, beside, family, time_limit_s, seed, command, pinned=pins.any)
+
+
+def profile(
+    model: str | Path | ModelSpec,
+    *,
+    sequence_length: int | None = None,
+    num_layers: int | None = None,
+    micro_batch_sizes: Sequence[int] = (1, 2, 4),
+    recompute: Sequence[Recompute] = ("none",),
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    num_threads: int = 1,
+    repeats: int = 10,
+    warmups: int = 3,
+    with_links: bool = True,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> ModelProfile:
+    """Measure the bundled GPT-2-like or Llama-like torch model of this shape on this device. Needs torch.
+
+    Rotary, gated models without biases are Llama-like; LayerNorm, learned positions and biases make GPT-2. The bundled
+    models keep embedding and head apart, so the profile's spec has untied embeddings whatever the catalogue says.
+    Your own layers are measured with `profiles.measure.profile_layers`. ProfileError if the shape is of neither kind.
+    """
+    from profiles.measure import profile_bundled
+
+    spec = model if isinstance(model, ModelSpec) else load_model_spec(str(model))
+    changes: dict[str, Any] = {"tied_embeddings": False}
+    if sequence_length is not None:
+        changes["sequence_length"] = sequence_length
+    if num_layers is not None:
+        changes["num_layers"] = num_layers
+    shape = ModelSpec.model_validate({**spec.model_dump(), **changes})
+    return profile_bundled(
+        "llama" if shape.gated_mlp else "gpt2",
+        shape,
+        device=device,
+        dtype=dtype,
+        micro_batch_sizes=micro_batch_sizes,
+        recompute=recompute,
+        repeats=repeats,
+        warmups=warmups,
+        num_threads=num_threads,
+        with_links=with_links,
+        on_progress=on_progress,
+    )
 
 
 def load_model(text: str) -> ModelSpec | ModelProfile:
@@ -170,9 +213,7 @@ def _prepare(
     num_layers = known.num_layers + 2
 
     def space_of(wanted: Pins) -> Any:
-        return enumerate_space(
-            known, machines, global_batch_size=global_batch_size, num_layers=num_layers, pins=wanted
-        )
+        return enumerate_space(known, machines, global_batch_size=global_batch_size, num_layers=num_layers, pins=wanted)
 
     candidates: set[Candidate] = {*space_of(pins).candidates, *space_of(Pins()).candidates}
     variants = sorted({c.variant(length, precision) for c in candidates}, key=str)
@@ -198,8 +239,8 @@ def _prepare_profile(
     precision = dtype or dtypes[0]
     if length not in lengths or precision not in dtypes:
         raise ProfileError(
-            f"profile of {profile.model.name!r} holds sequence lengths {lengths} in {', '.join(dtypes)}, not {length} in "
-            f"{precision}; plan with those, or profile again"
+            f"profile of {profile.model.name!r} holds sequence lengths {lengths} in {', '.join(dtypes)}, not {length} "
+            f"in {precision}; plan with those, or profile again"
         )
     sizes = tuple(sorted({v.micro_batch_size for v in profile.variants}))
 
@@ -222,7 +263,7 @@ def _default_dtype(peak_flops: Mapping[Dtype, float]) -> Dtype:
 
 
 def _distinct(ranked: list[PricedLayout], chosen: PricedLayout) -> list[PricedLayout]:
-    """The best layout of each other (tp, pp, dp, v)."""
+    """The best layout of each (tp, pp, dp, v) but the chosen one's."""
     seen = {chosen.candidate[:4]}
     others = []
     for priced in ranked:
@@ -243,8 +284,8 @@ def _layout(priced: PricedLayout) -> Layout:
         num_microbatches=c.num_microbatches,
         zero_stage=c.zero_stage,
         recompute=c.recompute,
-        layers_per_stage=priced.layers_per_stage,
-        rank_of_stage=priced.rank_of_stage,
+        layers_per_stage=priced.cut.layers_per_stage,
+        rank_of_stage=priced.cut.rank_of_stage,
         devices=tuple(range(c.tp * c.pp * c.dp)),
     )
 
@@ -257,6 +298,8 @@ def _assemble(
     time_limit_s: float,
     seed: int,
     command: str,
+    *,
+    pinned: bool,
 ) -> Plan:
     best = result.ranked[0]
     flops = job.profile.model.step_flops(job.global_batch_size, job.sequence_length)
@@ -268,6 +311,8 @@ def _assemble(
     timeline = best.timeline
     gap = max(0.0, (best.step_us - result.lower_bound_us) / best.step_us)
     scope = "the fixed families and solver-made orders" if family == "auto" else f"family {family}"
+    if pinned:
+        scope += "; within the pins"
     if result.limited_by_time:
         scope += "; the time limit cut the search short, another run may end elsewhere"
     return Plan(
@@ -277,7 +322,7 @@ def _assemble(
         global_batch_size=job.global_batch_size,
         dtype=job.dtype,
         layout=_layout(best),
-        stages=best.stages,
+        stages=best.cut.stages,
         family=best.family,
         schedule=best.schedule.to_lines(),
         prediction=Prediction(
@@ -346,11 +391,3 @@ def _assumptions(job: Job) -> tuple[str, ...]:
     if job.profile.links is not None:
         notes.append("Transfers as measured with the profile.")
     return tuple(notes)
-
-
-def utc_now() -> str:
-    """The time, for files that say when they were made."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-__all__ = ["FileError", "json_schema", "load_model", "load_plan", "plan", "validate", "verify"]

@@ -118,7 +118,9 @@ def plan(
     micro_batch_size: Annotated[int | None, typer.Option(min=1, help="Pin the micro-batch size.")] = None,
     zero: Annotated[int | None, typer.Option(min=0, max=1, help="Pin the ZeRO stage.")] = None,
     recompute: Annotated[RecomputeName | None, typer.Option(help="Pin activation recomputation.")] = None,
-    family: Annotated[str, typer.Option(help="Schedule family, or auto: the best family or a solver's order.")] = "auto",
+    family: Annotated[
+        str, typer.Option(help="Schedule family, or auto: the best family or a solver's order.")
+    ] = "auto",
     time_limit: TimeLimit = 30.0,
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Save the plan here.")] = None,
@@ -173,13 +175,12 @@ def profile(
 ) -> None:
     """Measure F, B, W times and memory of every layer on this device."""
     _check_writable(output)
-    measure = _torch_part("profiles.measure")
-    from profiles.catalog import load_model_spec
+    _torch_part("profiles.measure")
+    from planner.api import profile as measure
 
-    spec = load_model_spec(model)
     with _steps_progress("profiling") as on_step:
-        found = measure.profile_spec(
-            spec,
+        found = measure(
+            model,
             sequence_length=seq_len,
             num_layers=num_layers,
             micro_batch_sizes=_positive_integers(micro_batch_sizes, "--micro-batch-sizes"),

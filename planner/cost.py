@@ -5,11 +5,12 @@ Data-parallel reduction starts when a rank's last action has ended, so all of it
 executor does, and an upper bound for engines that overlap it.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from planner.layout import Candidate
 from planner.memory import GRADIENT_BYTES
@@ -84,7 +85,7 @@ def stage_costs(
     """Sum layers into stages; `cuts` are the S − 1 inner bounds, stage s holds layers [cuts[s-1], cuts[s])."""
     bounds = (0, *cuts, len(layers))
     stages = []
-    for stage, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for stage, (first, last) in enumerate(pairwise(bounds)):
         held = layers[first:last]
         output = held[-1].output_bytes
         is_last = stage == len(bounds) - 2
@@ -134,6 +135,7 @@ class StepFloor:
     dtype: Dtype
     pipeline_link: Link
     data_link: Link
+    room_bytes: float = math.inf  # what all ranks of one replica together have for activations
 
     @cached_property
     def _forward(self) -> list[float]:
@@ -146,6 +148,15 @@ class StepFloor:
     @cached_property
     def _work(self) -> list[float]:
         return list(accumulate((_least_work_us(layer) for layer in self.layers), initial=0.0))
+
+    @cached_property
+    def _byte_time(self) -> float:
+        """Bytes × µs that one microbatch holds over all layers."""
+        rest = held = 0.0
+        for layer in reversed(self.layers):
+            rest += layer.forward_us + min(layer.backward_input_us, layer.fused_backward_us)
+            held += layer.activation_bytes * rest
+        return held
 
     @property
     def after_pipeline_us(self) -> float:
@@ -170,10 +181,15 @@ class StepFloor:
 
         With several chunks per rank, rank r > 0 waits for the first chunks of r ranks, all but the very first with a
         block each at least (`head`), and the average over the ranks is a bound: m · work / p + mean of the heads.
+
+        Memory: a layer holds a microbatch from the start of its F to the end of its B, in between the microbatch passes
+        every later layer forward and back. The sum of bytes × lifetime fits in the room for activations × makespan.
         """
         m, pp = self.candidate.num_microbatches, self.candidate.pp
         total = self._work[-1]
-        low = m * max(total / pp, max(_least_work_us(layer) for layer in self.layers))
+        low = m * max(
+            total / pp, max(_least_work_us(layer) for layer in self.layers), self._byte_time / self.room_bytes
+        )
         if pp == 1:
             return low
         if self.candidate.virtual_stages > 1:

@@ -150,9 +150,7 @@ def enumerate_space(
     """
     check_pins(spec, cluster, global_batch_size, pins, num_layers)
     dropped: Counter[str] = Counter()
-    candidates = tuple(
-        _candidates(spec, cluster, global_batch_size, num_layers, pins, micro_batch_sizes, dropped)
-    )
+    candidates = tuple(_candidates(spec, cluster, global_batch_size, num_layers, pins, micro_batch_sizes, dropped))
     return Space(candidates, dict(dropped))
 
 

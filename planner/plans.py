@@ -195,8 +195,8 @@ class Plan(Facts):
         per_step = layout.micro_batch_size * layout.num_microbatches * layout.dp
         if per_step != self.global_batch_size:
             raise ValueError(
-                f"micro_batch_size {layout.micro_batch_size} × num_microbatches {layout.num_microbatches} × dp {layout.dp}"
-                f" is {per_step}, not global_batch_size {self.global_batch_size}"
+                f"micro_batch_size {layout.micro_batch_size} × num_microbatches {layout.num_microbatches} × "
+                f"dp {layout.dp} is {per_step}, not global_batch_size {self.global_batch_size}"
             )
         for name in ("schedule", "prediction.memory"):
             rows = self.schedule if name == "schedule" else self.prediction.memory

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from solvers.registry import Progress, solve_pipeline
+
 from planner.errors import LayoutError
 from planner.plans import StageCosts
 from planner.schedule.actions import Schedule
@@ -14,7 +16,6 @@ from planner.schedule.answer import Objective, ScheduleAnswer
 from planner.schedule.families import FAMILIES, get_family
 from solvers.bounds import best_bound
 from solvers.pipeline import Order, PipelineProblem, PipelineScore, Status
-from solvers.registry import Progress, solve_pipeline
 
 MAX_TIME_US = 1e12  # eleven days for one action; more is a mistake in the unit
 
@@ -71,7 +72,7 @@ class PipelineCosts:
                     raise LayoutError(f"{name}: {value} is not a time; give µs from {least} to {MAX_TIME_US:g}")
         if not math.isfinite(self.p2p_us) or not 0 <= self.p2p_us <= MAX_TIME_US:
             raise LayoutError(f"p2p_us: {self.p2p_us} is not a time; give µs from 0 to {MAX_TIME_US:g}")
-        if not 0 <= self.weight_activation_bytes or not 0 < self.activation_bytes:
+        if not self.weight_activation_bytes >= 0 or not self.activation_bytes > 0:
             raise LayoutError(
                 f"activation_bytes={self.activation_bytes}, weight_activation_bytes={self.weight_activation_bytes}: "
                 "the first must be positive and the second not negative"
@@ -101,9 +102,7 @@ class PipelineCosts:
                 weight_activation_bytes=self.weight_activation_bytes,
                 output_bytes=0,
                 temporary_bytes=0,
-                transfer_us=(
-                    self.p2p_us if s + 1 < num_stages and rank_of_stage[s] != rank_of_stage[s + 1] else 0.0
-                ),
+                transfer_us=(self.p2p_us if s + 1 < num_stages and rank_of_stage[s] != rank_of_stage[s + 1] else 0.0),
             )
             for s in range(num_stages)
         )
@@ -148,9 +147,7 @@ def schedule_costs(
         objective=objective,
     )
     if chosen is None:
-        solution = solve_pipeline(
-            problem, solver=solver, time_limit_s=time_limit_s, seed=seed, on_progress=on_progress
-        )
+        solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed, on_progress=on_progress)
         if solution.order is None or solution.score is None:
             return None
         return _answer(
@@ -172,8 +169,12 @@ def schedule_costs(
     if obstacle:
         raise LayoutError(f"family {chosen.name!r}: {obstacle}")
     order = order_of(chosen.generate(num_ranks, num_microbatches, virtual_stages))
-    own = problem if chosen.splits_backward else pipeline_problem(
-        stages, rank_of_stage, num_microbatches, splits_backward=False, capacity_bytes=capacity, objective=objective
+    own = (
+        problem
+        if chosen.splits_backward
+        else pipeline_problem(
+            stages, rank_of_stage, num_microbatches, splits_backward=False, capacity_bytes=capacity, objective=objective
+        )
     )
     score = own.evaluate(order)
     if not score.fits:

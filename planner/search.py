@@ -1,84 +1,32 @@
 """The search over layouts, best bound first, with a certificate over the whole space.
 
-Every candidate first gets a provable floor under its step time (`planner.cost.StepFloor`). Candidates are priced in
-full in the order of their floors, and dropped once the floor reaches the best step time found; so the smallest floor
-among all that are left, or the best time itself, bounds the whole space from below. The best few then get a
-solver-made schedule.
+Every candidate first gets a provable floor under its step time (`planner.cost.StepFloor`), and candidates are priced in
+the order of their floors until the floor reaches the best step time found. What no fixed family fits, though it might
+fit, is tried again after that; then the best few get a solver-made schedule. A candidate is out of the certificate only
+if its floor is no better than the answer or if it is proven not to fit: the smallest floor of all others bounds the
+space from below.
 """
 
 import heapq
 import math
 import time
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
-from planner.cost import (
-    Network,
-    StepFloor,
-    data_parallel_us,
-    optimizer_us,
-    smallest_device,
-    stage_costs,
-)
 from planner.errors import InfeasibleError
 from planner.layout import Candidate, Pins, Space
-from planner.memory import capacity_bytes, model_state_bytes, rank_memory
-from planner.plans import RankMemory, StageCosts
-from planner.schedule.actions import Schedule
+from planner.pricing import Job, PricedLayout, Pricer, family_schedule, held_per_rank
 from planner.schedule.families import FAMILIES, Family
-from planner.schedule.residency import peak_in_flight, peak_per_rank
-from planner.schedule.simulation import Timeline, simulate
-from planner.scheduling import pipeline_problem
-from profiles.cluster import Cluster
-from profiles.model import Dtype, LayerProfile, ModelProfile
-from solvers.partition import StagePartition, solve_partition
-from solvers.pipeline import Status
-from solvers.registry import solve_pipeline
+from profiles.model import LayerProfile, Variant
+from solvers.pipeline import PipelineSolution
+from solvers.status import Status
 
 SOLVER_ACTION_LIMIT = 40_000  # beyond this many actions only the fixed families are tried
+NUM_POLISHED = 2  # best candidates that get a solver-made schedule
+_PRICING_SHARE = 0.6  # of the time limit; what is left goes to second tries, then to solvers
+_SECOND_TRY_SHARE = 0.75
 _TOLERANCE = 1e-9
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be trained where."""
-
-    profile: ModelProfile
-    cluster: Cluster
-    global_batch_size: int
-    sequence_length: int
-    dtype: Dtype
-
-
-@dataclass(frozen=True)
-class PricedLayout:
-    """A candidate with its cut, schedule, memory and price."""
-
-    candidate: Candidate
-    family: str
-    solver: str
-    layers_per_stage: tuple[int, ...]
-    rank_of_stage: tuple[int, ...]
-    stages: tuple[StageCosts, ...]
-    schedule: Schedule
-    timeline: Timeline
-    memory: tuple[RankMemory, ...]
-    data_parallel_us: float
-    optimizer_us: float
-    schedule_lower_bound_us: float
-
-    @property
-    def step_us(self) -> float:
-        """Predicted step time."""
-        return self.timeline.makespan_us + self.data_parallel_us + self.optimizer_us
-
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Largest total over the ranks."""
-        return max(memory.total_bytes for memory in self.memory)
 
 
 @dataclass(frozen=True)
@@ -94,7 +42,7 @@ class SearchProgress:
 
 @dataclass
 class SearchResult:
-    """The best layouts found, best first, and what is proven about the rest."""
+    """The layouts found, best first, and what is proven about the rest."""
 
     ranked: list[PricedLayout] = field(default_factory=list)
     lower_bound_us: float = 0.0
@@ -102,7 +50,6 @@ class SearchResult:
     num_pruned: int = 0
     num_evaluated: int = 0
     infeasible: Counter[str] = field(default_factory=Counter)
-    closest: str = ""  # the nearest miss of a search that found nothing
     interrupted: bool = False
     limited_by_time: bool = False
     seconds: float = 0.0
@@ -110,14 +57,16 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class _Node:
-    """A candidate that passed the memory floor, with its floors."""
+    """A candidate whose memory might suffice, the families that can run it, and its floors."""
 
     candidate: Candidate
     layers: tuple[LayerProfile, ...]
-    floor_us: dict[bool, float]  # by "splits the backward"
+    families: tuple[Family, ...]
+    floor_of_us: dict[bool, float]  # by whether the backward is split
 
-    def family_floor_us(self, families: Sequence[Family]) -> float:
-        return min(self.floor_us[family.splits_backward] for family in families)
+    @property
+    def floor_us(self) -> float:
+        return min(self.floor_of_us[family.splits_backward] for family in self.families)
 
 
 def search(
@@ -127,11 +76,16 @@ def search(
     *,
     time_limit_s: float,
     seed: int,
-    num_polished: int = 2,
+    known: Sequence[PricedLayout] = (),
     on_progress: Callable[[SearchProgress], None] | None = None,
 ) -> SearchResult:
-    """Search `space`; InfeasibleError if nothing in it fits. Ctrl-C gives the best so far."""
-    return _Search(job, space, pins, time_limit_s, seed, num_polished, on_progress).run()
+    """Search `space`; InfeasibleError if nothing in it fits. Ctrl-C gives the best so far.
+
+    `known`: layouts of this space that were priced already, to prune with.
+    """
+    running = _Search(job, space, pins, time_limit_s, seed, on_progress)
+    running.best = {priced.candidate: priced for priced in known}
+    return running.run()
 
 
 class _Search:
@@ -142,49 +96,196 @@ class _Search:
         pins: Pins,
         time_limit_s: float,
         seed: int,
-        num_polished: int,
         on_progress: Callable[[SearchProgress], None] | None,
     ) -> None:
-        self.job, self.space, self.pins, self.seed = job, space, pins, seed
-        self.time_limit_s, self.num_polished, self.on_progress = time_limit_s, num_polished, on_progress
+        self.job, self.space, self.seed = job, space, seed
+        self.family = None if pins.family in (None, "auto") else pins.family
+        self.time_limit_s, self.on_progress = time_limit_s, on_progress
         self.started = time.monotonic()
-        self.network = Network(job.cluster, job.profile.links)
-        self.capacity = capacity_bytes(smallest_device(job.cluster))
+        self.pricer = Pricer(job)
         self.result = SearchResult(num_candidates=len(space.candidates), infeasible=Counter(space.dropped))
         self.best: dict[Candidate, PricedLayout] = {}
+        self.queue: list[tuple[float, int, _Node]] = []
+        self.open: dict[Candidate, float] = {}  # floors of what was taken from the queue and may be feasible
         self.nearest_miss: tuple[float, str] = (math.inf, "")
 
     def run(self) -> SearchResult:
         result = self.result
-        queue: list[tuple[float, int, _Node]] = []
-        floor_of_expanded = math.inf
         try:
             for index, node in enumerate(self._nodes()):
-                heapq.heappush(queue, (node.family_floor_us(self._families(node.candidate)), index, node))
-            while queue and queue[0][0] < self._best_us() * (1 - _TOLERANCE):
-                if self._elapsed_s() > self.time_limit_s * 0.7:
-                    result.limited_by_time = True
-                    break
-                floor, _, node = heapq.heappop(queue)
-                if self._evaluate(node):
-                    floor_of_expanded = min(floor_of_expanded, floor)
-                result.num_evaluated += 1
-                self._report("layouts", floor if not queue else min(floor_of_expanded, queue[0][0]))
+                heapq.heappush(self.queue, (node.floor_us, index, node))
+            self._price_and_try_again()
+            self._polish()
         except KeyboardInterrupt:
             if not self.best:
                 raise
             result.interrupted = True
-        result.num_pruned = len(queue)
         if not self.best:
-            result.seconds = self._elapsed_s()
-            self._nothing_fits()
-        result.lower_bound_us = min(floor_of_expanded, queue[0][0] if queue else math.inf, self._best_us())
-        if not result.interrupted:
-            self._polish()
+            self._refuse()
+        result.num_pruned = len(self.queue)
         result.ranked = sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))
-        result.lower_bound_us = min(result.lower_bound_us, result.ranked[0].step_us)
+        result.lower_bound_us = self._lower_bound_us()
         result.seconds = self._elapsed_s()
         return result
+
+    # what is in the queue
+
+    def _nodes(self) -> Iterator[_Node]:
+        known = set(self.job.profile.variants)
+        layers_of: dict[Variant, tuple[LayerProfile, ...]] = {}
+        for candidate in self.space.candidates:
+            families = self._families(candidate)
+            variant = candidate.variant(self.job.sequence_length, self.job.dtype)
+            if not families:
+                self.result.infeasible["no schedule family runs it"] += 1
+            elif variant not in known:
+                self.result.infeasible["not profiled"] += 1
+            else:
+                layers = layers_of.setdefault(variant, self.pricer.layers(candidate))
+                if self._overflows_everywhere(candidate, layers):
+                    self.result.infeasible["does not fit in memory"] += 1
+                else:
+                    floor = self.pricer.floor(candidate, layers)
+                    floors = {split: floor.step_us(splits_backward=split) for split in (False, True)}
+                    yield _Node(candidate, layers, families, floors)
+
+    def _families(self, candidate: Candidate) -> tuple[Family, ...]:
+        """Fixed families that can run this candidate. Recomputing layers keep their backward in one piece."""
+        families = [
+            family
+            for family in FAMILIES.values()
+            if family.supports(candidate.pp, candidate.num_microbatches, candidate.virtual_stages) is None
+            and not (family.splits_backward and (candidate.recompute != "none" or candidate.pp == 1))
+            and self.family in (None, family.name)
+        ]
+        return tuple(sorted(families, key=lambda family: (not family.splits_backward, family.name)))
+
+    def _overflows_everywhere(self, candidate: Candidate, layers: Sequence[LayerProfile]) -> bool:
+        """All ranks together cannot hold the model states and one microbatch: a proof that no cut fits."""
+        need = self.pricer.states_bytes(candidate, layers) + sum(layer.activation_bytes for layer in layers)
+        if need <= candidate.pp * self.pricer.capacity_bytes:
+            return False
+        share = need / candidate.pp
+        self._note_miss(share, f"{_named(candidate)} needs at least {_gib(share)} per device")
+        return True
+
+    # pricing
+
+    def _price_and_try_again(self) -> None:
+        second_tries: list[_Node] = []
+        while self.queue and self.queue[0][0] < self._best_us() * (1 - _TOLERANCE):
+            if self._elapsed_s() > self.time_limit_s * _PRICING_SHARE:
+                self.result.limited_by_time = True
+                break
+            node = heapq.heappop(self.queue)[2]
+            self.open[node.candidate] = node.floor_us
+            self.result.num_evaluated += 1
+            if not self._price_families(node):
+                second_tries.append(node)
+            self._report("pricing layouts")
+        for node in second_tries:
+            if node.floor_us >= self._best_us():
+                continue
+            if self._elapsed_s() > self.time_limit_s * _SECOND_TRY_SHARE:
+                self.result.limited_by_time = True
+                break
+            if not self._try_again(node):
+                del self.open[node.candidate]
+                self.result.infeasible["does not fit in memory"] += 1
+            self._report("trying tight layouts again")
+
+    def _price_families(self, node: _Node) -> bool:
+        """Price a candidate under every family; whether any fits, or need not be tried."""
+        settled = False
+        for family in node.families:
+            if node.floor_of_us[family.splits_backward] >= self._best_us():
+                settled = True
+            else:
+                settled |= self._keep(self.pricer.price_family(node.candidate, node.layers, family))
+        return settled
+
+    def _try_again(self, node: _Node) -> bool:
+        """What no family fits as it stands; False only if it is proven that nothing fits."""
+        if node.candidate.virtual_stages > 1:
+            return self._share_memory_unevenly(node)
+        if self.family is not None or node.candidate.pp == 1:
+            return False
+        return self._hold_fewer_microbatches(node)
+
+    def _hold_fewer_microbatches(self, node: _Node) -> bool:
+        """Let list scheduling make an order within the memory there is."""
+        candidate = node.candidate
+        one_each = [1] * candidate.pp
+        cuts = self.pricer.partition(candidate, node.layers, one_each, splits_backward=True).cuts
+        if cuts is None:
+            return False
+        cut = self.pricer.cut(candidate, node.layers, cuts, tuple(range(candidate.pp)))
+        if self._num_actions(candidate) <= SOLVER_ACTION_LIMIT:
+            priced, solution = self.pricer.solve_order(cut, solver="list", time_limit_s=2.0, seed=self.seed)
+            self._keep(priced)
+            self._note_end(solution)
+        return True
+
+    def _share_memory_unevenly(self, node: _Node) -> bool:
+        """Cut chunks that share a rank's memory as they like, by integer program.
+
+        A rank holds each of its layers at least `common` times at one moment, however they are cut into chunks
+        (`peak_per_rank`). So if no cut fits at those counts, none fits: that is what the program may prove.
+        """
+        candidate, possible = node.candidate, False
+        for family in node.families:
+            shape = (family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
+            placement = family.placement(candidate.pp, candidate.virtual_stages)
+            common = [held for _, held in held_per_rank(*shape)]
+            solution = self.pricer.partition(
+                candidate,
+                node.layers,
+                [common[rank] for rank in placement],
+                splits_backward=family.splits_backward,
+                shared=placement,
+                time_limit_s=1.0,
+            )
+            possible |= solution.status is not Status.INFEASIBLE
+            if solution.cuts is not None:
+                cut = self.pricer.cut(candidate, node.layers, solution.cuts, placement)
+                self._keep(self.pricer.price(cut, family_schedule(*shape), family.name, "family"))
+        return possible
+
+    def _polish(self) -> None:
+        """Give the best few candidates a solver-made schedule."""
+        if self.family is not None:
+            return
+        chosen = sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))[:NUM_POLISHED]
+        for position, priced in enumerate(chosen):
+            share = (self.time_limit_s - self._elapsed_s()) / (len(chosen) - position)
+            if priced.candidate.pp == 1 or self._num_actions(priced.candidate) > SOLVER_ACTION_LIMIT or share < 0.1:
+                continue
+            self._report(f"scheduling {priced.cut.candidate.pp} ranks")
+            better, solution = self.pricer.solve_order(priced.cut, solver="auto", time_limit_s=share, seed=self.seed)
+            self._keep(better)
+            self._note_end(solution)
+            if self.result.interrupted:
+                return
+
+    def _keep(self, priced: PricedLayout | None) -> bool:
+        """Remember a priced layout if it fits and is the best of its candidate; whether it fits."""
+        if priced is None:
+            return False
+        if not priced.fits:
+            worst = max(range(len(priced.memory)), key=lambda rank: priced.memory[rank].total_bytes)
+            need = priced.memory[worst].total_bytes
+            text = f"{_named(priced.candidate)} with {priced.family} needs {_gib(need)} on pipeline rank {worst}"
+            self._note_miss(need, text)
+            return False
+        known = self.best.get(priced.candidate)
+        if known is None or priced.step_us < known.step_us * (1 - _TOLERANCE):
+            self.best[priced.candidate] = priced
+        return True
+
+    # bookkeeping
+
+    def _num_actions(self, candidate: Candidate) -> int:
+        return 3 * candidate.num_stages * candidate.num_microbatches
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self.started
@@ -192,316 +293,39 @@ class _Search:
     def _best_us(self) -> float:
         return min((priced.step_us for priced in self.best.values()), default=math.inf)
 
-    def _report(self, phase: str, lower_bound_us: float) -> None:
+    def _lower_bound_us(self) -> float:
+        unpriced = self.queue[0][0] if self.queue else math.inf
+        return min(self._best_us(), unpriced, *self.open.values())
+
+    def _report(self, phase: str) -> None:
         if self.on_progress is not None:
-            done = self.result.num_evaluated
-            total = self.result.num_candidates
-            self.on_progress(SearchProgress(phase, done, total, self._best_us(), min(lower_bound_us, self._best_us())))
+            done, total = self.result.num_evaluated, self.result.num_candidates
+            self.on_progress(SearchProgress(phase, done, total, self._best_us(), self._lower_bound_us()))
 
-    def _families(self, candidate: Candidate) -> list[Family]:
-        """Fixed families that can run this candidate. Recomputing layers keep their backward in one piece."""
-        pinned = None if self.pins.family in (None, "auto") else self.pins.family
-        families = [
-            family
-            for family in FAMILIES.values()
-            if family.supports(candidate.pp, candidate.num_microbatches, candidate.virtual_stages) is None
-            and not (family.splits_backward and (candidate.recompute != "none" or candidate.pp == 1))
-            and pinned in (None, family.name)
-        ]
-        return sorted(families, key=lambda family: (not family.splits_backward, family.name))
-
-    def _nodes(self) -> Iterator[_Node]:
-        variants = set(self.job.profile.variants)
-        cache: dict[object, tuple[LayerProfile, ...]] = {}
-        for candidate in self.space.candidates:
-            if not self._families(candidate):
-                self.result.infeasible["no schedule family runs it"] += 1
-                continue
-            variant = candidate.variant(self.job.sequence_length, self.job.dtype)
-            if variant not in variants:
-                self.result.infeasible["not profiled"] += 1
-                continue
-            if variant not in cache:
-                cache[variant] = tuple(self.job.profile.at(variant))
-            layers = cache[variant]
-            if self._misses_memory_floor(candidate, layers):
-                self.result.infeasible["does not fit in memory"] += 1
-                continue
-            floor = StepFloor(
-                layers,
-                candidate,
-                self.job.dtype,
-                self.network.pipeline(candidate),
-                self.network.data_parallel(candidate),
-            )
-            yield _Node(
-                candidate, layers, {split: floor.step_us(splits_backward=split) for split in (False, True)}
-            )
-
-    def _misses_memory_floor(self, candidate: Candidate, layers: Sequence[LayerProfile]) -> bool:
-        """All ranks together cannot hold the model states and one microbatch each: a proof that no cut fits."""
-        need = self._states_bytes(candidate, layers) + sum(layer.activation_bytes for layer in layers)
-        if need <= candidate.pp * self.capacity:
-            return False
-        self._note_miss(need / candidate.pp, f"{_named(candidate)} needs at least {_gib(need / candidate.pp)} per device")
-        return True
-
-    def _states_bytes(self, candidate: Candidate, layers: Sequence[LayerProfile]) -> int:
-        parameters = sum(layer.parameter_bytes for layer in layers)
-        return sum(model_state_bytes(parameters, self.job.dtype, candidate.zero_stage, candidate.dp))
+    def _note_end(self, solution: PipelineSolution | None) -> None:
+        if solution is not None:
+            self.result.interrupted |= solution.interrupted
+            self.result.limited_by_time |= solution.limited_by_time
 
     def _note_miss(self, need_bytes: float, text: str) -> None:
         if need_bytes < self.nearest_miss[0]:
             self.nearest_miss = (need_bytes, text)
 
-    def _nothing_fits(self) -> None:
+    def _refuse(self) -> None:
+        cluster, job = self.job.cluster, self.job
+        usable = _gib(self.pricer.capacity_bytes)
         reasons = "; ".join(f"{count} {reason}" for reason, count in self.result.infeasible.items()) or "no candidates"
-        miss = f" Closest: {self.nearest_miss[1]}, of {_gib(self.capacity)} usable." if self.nearest_miss[1] else ""
+        miss = f" Closest: {self.nearest_miss[1]}, {usable} are usable." if self.nearest_miss[1] else ""
         if self.result.limited_by_time:
             raise InfeasibleError(
-                f"no layout found for {self.job.profile.model.name!r} on {self.job.cluster.name!r} within "
-                f"{self.time_limit_s:g} s ({reasons}).{miss} Raise --time-limit"
+                f"no layout found for {job.profile.model.name!r} on {cluster.name!r} within {self.time_limit_s:g} s "
+                f"({reasons}).{miss} Raise the time limit"
             )
         raise InfeasibleError(
-            f"no layout of {self.job.profile.model.name!r} fits cluster {self.job.cluster.name!r} "
-            f"({self.job.cluster.num_devices} devices, {_gib(self.capacity)} usable each) with global batch size "
-            f"{self.job.global_batch_size}: {reasons}.{miss} Use more or larger devices, or free the pinned degrees"
+            f"no layout of {job.profile.model.name!r} fits cluster {cluster.name!r} ({cluster.num_devices} devices, "
+            f"{usable} usable each) with global batch size {job.global_batch_size}: {reasons}.{miss} "
+            "Use more or larger devices, or free the pinned degrees"
         )
-
-    def _evaluate(self, node: _Node) -> bool:
-        """Price a candidate under every family; whether it may still be feasible."""
-        possible = False
-        for family in self._families(node.candidate):
-            if node.floor_us[family.splits_backward] >= self._best_us():
-                possible = True
-                continue
-            schedule = family.generate(
-                node.candidate.pp, node.candidate.num_microbatches, node.candidate.virtual_stages
-            )
-            placement = family.placement(node.candidate.pp, node.candidate.virtual_stages)
-            priced = self._price(node, family, schedule, placement)
-            if priced is not None:
-                self._keep(priced)
-                possible = True
-        if not possible:
-            possible = self._schedule_in_tight_memory(node)
-        if not possible:
-            self.result.infeasible["does not fit in memory"] += 1
-        return possible
-
-    def _keep(self, priced: PricedLayout) -> None:
-        known = self.best.get(priced.candidate)
-        if known is None or priced.step_us < known.step_us * (1 - _TOLERANCE):
-            self.best[priced.candidate] = priced
-
-    def _schedule_in_tight_memory(self, node: _Node) -> bool:
-        """No fixed family fits: let list scheduling hold fewer microbatches. False only when no cut can fit."""
-        candidate = node.candidate
-        if candidate.pp == 1 or self.pins.family not in (None, "auto"):
-            return False
-        if candidate.virtual_stages > 1:
-            return not self._chunks_overflow(node)
-        rank_of_stage = tuple(range(candidate.pp))
-        cuts, proven = self._cuts(node, [1] * candidate.pp, rank_of_stage, splits_backward=True)
-        if cuts is None:
-            return not proven
-        if 3 * candidate.num_stages * candidate.num_microbatches > SOLVER_ACTION_LIMIT:
-            return True
-        self._solve(node, cuts, rank_of_stage, solver="list", time_limit_s=2.0)
-        return True
-
-    def _chunks_overflow(self, node: _Node) -> bool:
-        """A proof that no cut fits: rank by rank, count the layers it could hold at the family's in-flight counts.
-
-        A rank that holds each of its layers at least n times at one moment fits at most as many layers as the lightest
-        ones do; if all ranks together fit fewer than the model has, nothing fits.
-        """
-        candidate = node.candidate
-        for family in self._families(candidate):
-            schedule = family.generate(candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
-            room = 0
-            for _, common in peak_per_rank(schedule):
-                needs = sorted(
-                    self._states_bytes(candidate, [layer]) + common * layer.activation_bytes for layer in node.layers
-                )
-                room += bisect_right(list(accumulate(needs)), self.capacity)
-            if room >= len(node.layers):
-                return False
-        return True
-
-    def _price(
-        self, node: _Node, family: Family, schedule: Schedule, rank_of_stage: tuple[int, ...]
-    ) -> PricedLayout | None:
-        chunks = node.candidate.virtual_stages
-        if chunks == 1:
-            held = peak_in_flight(schedule, _weight_ratio(node.layers))
-        else:
-            per_rank = peak_per_rank(schedule)
-            held = tuple(-(-per_rank[rank][0] // chunks) for rank in rank_of_stage)
-        cuts, _ = self._cuts(node, held, rank_of_stage, splits_backward=family.splits_backward)
-        if cuts is None:
-            return None
-        link = self.network.pipeline(node.candidate)
-        stages = stage_costs(node.layers, cuts, rank_of_stage, link)
-        return self._finish(node, stages, cuts, rank_of_stage, schedule, family.name, "family", 0.0)
-
-    def _finish(
-        self,
-        node: _Node,
-        stages: tuple[StageCosts, ...],
-        cuts: Sequence[int],
-        rank_of_stage: tuple[int, ...],
-        schedule: Schedule,
-        family: str,
-        solver: str,
-        schedule_lower_bound_us: float,
-    ) -> PricedLayout | None:
-        """Simulate, account for memory and price; None if a rank is over its memory."""
-        candidate, dtype = node.candidate, self.job.dtype
-        timeline = simulate(schedule, stages)
-        hosted = [
-            [stage for stage, host in zip(stages, rank_of_stage, strict=True) if host == rank]
-            for rank in range(candidate.pp)
-        ]
-        memory = tuple(
-            rank_memory(
-                hosted[rank],
-                dtype=dtype,
-                zero_stage=candidate.zero_stage,
-                dp=candidate.dp,
-                num_ranks=candidate.pp,
-                peak_activation_bytes=math.ceil(timeline.peak_activation_bytes[rank]),
-                capacity=self.capacity,
-            )
-            for rank in range(candidate.pp)
-        )
-        worst = max(range(candidate.pp), key=lambda rank: memory[rank].total_bytes)
-        if memory[worst].total_bytes > self.capacity:
-            need = memory[worst].total_bytes
-            self._note_miss(need, f"{_named(candidate)} with {family} needs {_gib(need)} on pipeline rank {worst}")
-            return None
-        link = self.network.data_parallel(candidate)
-        after = [
-            (
-                data_parallel_us(sum(stage.parameter_bytes for stage in stages_here), dtype, candidate, link),
-                optimizer_us(sum(stage.optimizer_us for stage in stages_here), candidate),
-            )
-            for stages_here in hosted
-        ]
-        traffic_us, update_us = max(after, key=sum)
-        bounds = (0, *cuts, len(node.layers))
-        return PricedLayout(
-            candidate=candidate,
-            family=family,
-            solver=solver,
-            layers_per_stage=tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False)),
-            rank_of_stage=rank_of_stage,
-            stages=stages,
-            schedule=schedule,
-            timeline=timeline,
-            memory=memory,
-            data_parallel_us=traffic_us,
-            optimizer_us=update_us,
-            schedule_lower_bound_us=schedule_lower_bound_us,
-        )
-
-    def _cuts(
-        self,
-        node: _Node,
-        held: Sequence[int],
-        rank_of_stage: tuple[int, ...],
-        *,
-        splits_backward: bool,
-    ) -> tuple[tuple[int, ...] | None, bool]:
-        """Inner bounds of the stages, least bottleneck first; (None, proven) when there are none.
-
-        `held[s]` is the most microbatches that stage s holds at one time. The chunks of a rank share its memory in
-        equal parts.
-        """
-        candidate, layers = node.candidate, node.layers
-        per_rank = Counter(rank_of_stage)
-        overhead = max(layer.temporary_bytes for layer in layers) + 4 * max(layer.output_bytes for layer in layers)
-        partition = StagePartition(
-            times_us=tuple(round(_work_us(layer, splits_backward)) for layer in layers),
-            num_stages=candidate.num_stages,
-            static_bytes=tuple(self._states_bytes(candidate, [layer]) for layer in layers),
-            activation_bytes=tuple(layer.activation_bytes for layer in layers),
-            in_flight=tuple(held),
-            capacity_bytes=tuple((self.capacity - overhead) // per_rank[rank] for rank in rank_of_stage),
-        )
-        solution = solve_partition(partition, time_limit_s=max(1.0, self.time_limit_s - self._elapsed_s()), seed=self.seed)
-        return solution.cuts, solution.status is Status.INFEASIBLE and candidate.virtual_stages == 1
-
-    def _polish(self) -> None:
-        """Give the best few candidates a solver-made schedule."""
-        if self.pins.family not in (None, "auto"):
-            return
-        chosen = sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))[: self.num_polished]
-        for position, priced in enumerate(chosen):
-            left = self.time_limit_s - self._elapsed_s()
-            share = left / (len(chosen) - position)
-            node = self._node_of(priced)
-            if priced.candidate.pp == 1 or share < 0.2:
-                continue
-            if priced.schedule.num_microbatches * priced.candidate.num_stages * 3 > SOLVER_ACTION_LIMIT:
-                continue
-            self._report("schedule", self.result.lower_bound_us)
-            cuts = [sum(priced.layers_per_stage[: i + 1]) for i in range(len(priced.layers_per_stage) - 1)]
-            if self._solve(node, cuts, priced.rank_of_stage, solver="auto", time_limit_s=share):
-                return
-
-    def _node_of(self, priced: PricedLayout) -> _Node:
-        variant = priced.candidate.variant(self.job.sequence_length, self.job.dtype)
-        return _Node(priced.candidate, tuple(self.job.profile.at(variant)), {})
-
-    def _solve(
-        self, node: _Node, cuts: Sequence[int], rank_of_stage: tuple[int, ...], *, solver: str, time_limit_s: float
-    ) -> bool:
-        """Schedule with a solver and keep the result if it is better; whether Ctrl-C came meanwhile."""
-        candidate = node.candidate
-        stages = stage_costs(node.layers, cuts, rank_of_stage, self.network.pipeline(candidate))
-        splits = candidate.recompute == "none"
-        room = []
-        for rank in range(candidate.pp):
-            hosted = [stage for stage, host in zip(stages, rank_of_stage, strict=True) if host == rank]
-            fixed = rank_memory(
-                hosted,
-                dtype=self.job.dtype,
-                zero_stage=candidate.zero_stage,
-                dp=candidate.dp,
-                num_ranks=candidate.pp,
-                peak_activation_bytes=0,
-                capacity=self.capacity,
-            )
-            room.append(self.capacity - fixed.total_bytes)
-        if min(room) < 0:
-            return False
-        problem = pipeline_problem(
-            stages, rank_of_stage, candidate.num_microbatches, splits_backward=splits, capacity_bytes=room
-        )
-        solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=self.seed)
-        self.result.interrupted |= solution.interrupted
-        self.result.limited_by_time |= solution.limited_by_time
-        if solution.order is not None:
-            schedule = Schedule.from_orders(solution.order)
-            bound = float(solution.lower_bound_us)
-            priced = self._finish(
-                node, stages, cuts, rank_of_stage, schedule, "auto", solution.solver, bound
-            )
-            if priced is not None:
-                self._keep(priced)
-        return solution.interrupted
-
-
-def _work_us(layer: LayerProfile, splits_backward: bool) -> float:
-    if splits_backward:
-        return layer.forward_us + layer.backward_input_us + layer.backward_weight_us
-    return layer.forward_us + layer.fused_backward_us
-
-
-def _weight_ratio(layers: Sequence[LayerProfile]) -> float:
-    ratios = [layer.weight_activation_bytes / layer.activation_bytes for layer in layers if layer.activation_bytes]
-    return max(ratios, default=0.0)
 
 
 def _named(candidate: Candidate) -> str:

@@ -179,7 +179,10 @@ def render_schedule(answer: ScheduleAnswer) -> str:
         ("schedule", f"{answer.family}, made by {answer.solver} in {answer.solve_seconds:.2f} s, {answer.status}"),
         ("span", f"{answer.span_us} µs, bubble rate {answer.bubble_rate_span:.4f}"),
         ("makespan", f"{answer.makespan_us} µs, bubble rate {answer.bubble_rate_makespan:.4f}"),
-        ("gap", f"{answer.gap:.2%}: no {answer.objective} is under {answer.lower_bound_us} µs ({answer.lower_bound_kind})"),
+        (
+            "gap",
+            f"{answer.gap:.2%}: no {answer.objective} is under {answer.lower_bound_us} µs ({answer.lower_bound_kind})",
+        ),
         ("peak memory", " ".join(map(str, answer.peak_memory))),
         (
             "limits",
@@ -229,7 +232,10 @@ def render_run(report: "RunReport") -> str:
     """What `pipewright run` prints for people."""
     rows = [
         ("ran", f"{report.layout}, {report.family}, {report.num_processes} processes on {report.device}"),
-        ("with", f"torch {report.torch_version}, {report.backend}, {report.dtype}, {report.threads_per_process} threads"),
+        (
+            "with",
+            f"torch {report.torch_version}, {report.backend}, {report.dtype}, {report.threads_per_process} threads",
+        ),
     ]
     exact = report.exactness
     if exact is not None:

@@ -39,7 +39,9 @@ class Action(NamedTuple):
         """The action written as `text`; ScheduleError unless it is one, whole."""
         match = _ACTION.fullmatch(text)
         if match is None:
-            raise ScheduleError(f"{text!r} is not an action; write kind, stage, microbatch, like F0.3, B0.3, W0.3 or BW0.3")
+            raise ScheduleError(
+                f"{text!r} is not an action; write kind, stage, microbatch, like F0.3, B0.3, W0.3 or BW0.3"
+            )
         return cls(Kind(match[1]), int(match[2]), int(match[3]))
 
 

@@ -132,9 +132,7 @@ def simulate(schedule: Schedule, stages: Sequence[StageLike]) -> Timeline:
         )
         for actions, rank_starts_us in zip(schedule.ranks, starts_us, strict=True)
     )
-    busy_us = tuple(
-        sum([durations_us[kind][stage] for kind, stage, _ in actions]) for actions in schedule.ranks
-    )
+    busy_us = tuple(sum([durations_us[kind][stage] for kind, stage, _ in actions]) for actions in schedule.ranks)
     makespan_us = max(actions[-1].end_us for actions in ranks)
     return Timeline(
         ranks=ranks,

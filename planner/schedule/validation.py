@@ -91,9 +91,7 @@ def _check_each_action(
                 if key in fused:
                     raise _mixed(schedule, rank, step, fused[key])
             if key in seen:
-                raise _error(
-                    schedule, rank, step, f"{action} has already run at step {seen[key]}; remove one of them"
-                )
+                raise _error(schedule, rank, step, f"{action} has already run at step {seen[key]}; remove one of them")
             if kind == "W":
                 if key not in inputs:
                     raise _too_early(schedule, rank, step, Kind.B)
@@ -106,9 +104,7 @@ def _check_each_action(
     return home
 
 
-def _sweep(
-    schedule: Schedule, num_stages: int, num_microbatches: int, home: dict[int, int]
-) -> list[tuple[int, int]]:
+def _sweep(schedule: Schedule, num_stages: int, num_microbatches: int, home: dict[int, int]) -> list[tuple[int, int]]:
     """Run each rank until it waits for another, until all are done; refuse when none can go on."""
     m = num_microbatches
     last = num_stages - 1

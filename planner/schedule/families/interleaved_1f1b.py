@@ -42,9 +42,7 @@ def _build(num_ranks: int, num_microbatches: int, virtual_stages: int) -> Schedu
     ranks = []
     for rank in range(num_ranks):
         forwards = [Action(Kind.F, chunk * num_ranks + rank, j) for chunk, j in sequence]
-        backwards = [
-            Action(Kind.BW, (virtual_stages - 1 - chunk) * num_ranks + rank, j) for chunk, j in sequence
-        ]
+        backwards = [Action(Kind.BW, (virtual_stages - 1 - chunk) * num_ranks + rank, j) for chunk, j in sequence]
         warm_up = min(len(forwards), 2 * (num_ranks - 1 - rank) + (virtual_stages - 1) * group)
         order = forwards[:warm_up]
         for k, backward in enumerate(backwards):

@@ -1,0 +1,268 @@
+"""One candidate, priced in full: cut, scheduled, simulated, accounted for in memory.
+
+A `Pricer` knows the job and its machines; it holds no search state, so equal questions get equal answers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
+from solvers.registry import solve_pipeline
+
+from planner.cost import Network, StepFloor, data_parallel_us, optimizer_us, smallest_device, stage_costs
+from planner.layout import Candidate
+from planner.memory import capacity_bytes, model_state_bytes, rank_memory
+from planner.plans import RankMemory, StageCosts
+from planner.schedule.actions import Schedule
+from planner.schedule.families import Family
+from planner.schedule.residency import peak_in_flight, peak_per_rank
+from planner.schedule.simulation import Timeline, simulate
+from planner.scheduling import pipeline_problem
+from profiles.cluster import Cluster
+from profiles.model import Dtype, LayerProfile, ModelProfile
+from solvers.partition import PartitionSolution, StagePartition, solve_partition
+from solvers.pipeline import PipelineSolution
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained where."""
+
+    profile: ModelProfile
+    cluster: Cluster
+    global_batch_size: int
+    sequence_length: int
+    dtype: Dtype
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A candidate's layers in stages, and where the stages run."""
+
+    candidate: Candidate
+    layers: tuple[LayerProfile, ...]
+    cuts: tuple[int, ...]
+    rank_of_stage: tuple[int, ...]
+    stages: tuple[StageCosts, ...]
+
+    @cached_property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Layers of every stage, shape (S,)."""
+        return tuple(b - a for a, b in pairwise((0, *self.cuts, len(self.layers))))
+
+    def hosted(self, rank: int) -> list[StageCosts]:
+        """The stages of one pipeline rank."""
+        return [stage for stage, host in zip(self.stages, self.rank_of_stage, strict=True) if host == rank]
+
+
+@dataclass(frozen=True)
+class PricedLayout:
+    """A cut with its schedule, memory and price."""
+
+    cut: Cut
+    family: str
+    solver: str
+    schedule: Schedule
+    timeline: Timeline
+    memory: tuple[RankMemory, ...]
+    data_parallel_us: float
+    optimizer_us: float
+    schedule_lower_bound_us: float  # 0 where nobody looked for one
+
+    @property
+    def candidate(self) -> Candidate:
+        """The point of the outer layout space."""
+        return self.cut.candidate
+
+    @property
+    def step_us(self) -> float:
+        """Predicted step time."""
+        return self.timeline.makespan_us + self.data_parallel_us + self.optimizer_us
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Largest total over the ranks."""
+        return max(memory.total_bytes for memory in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether no rank is over its capacity."""
+        return all(memory.total_bytes <= memory.capacity_bytes for memory in self.memory)
+
+
+class Pricer:
+    """Prices candidates of one job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.network = Network(job.cluster, job.profile.links)
+        self.capacity_bytes = capacity_bytes(smallest_device(job.cluster))
+
+    def layers(self, candidate: Candidate) -> tuple[LayerProfile, ...]:
+        """The costs of every layer, in order; ProfileError where the profile lacks the candidate's variant."""
+        return tuple(self.job.profile.at(candidate.variant(self.job.sequence_length, self.job.dtype)))
+
+    def floor(self, candidate: Candidate, layers: tuple[LayerProfile, ...]) -> StepFloor:
+        """A lower bound on every step time of this candidate."""
+        room = candidate.pp * self.capacity_bytes - self.states_bytes(candidate, layers)
+        links = self.network.pipeline(candidate), self.network.data_parallel(candidate)
+        return StepFloor(layers, candidate, self.job.dtype, *links, max(1, room))
+
+    def states_bytes(self, candidate: Candidate, layers: Sequence[LayerProfile]) -> int:
+        """Weights, gradients and optimizer state of these layers on one device."""
+        parameters = sum(layer.parameter_bytes for layer in layers)
+        return sum(model_state_bytes(parameters, self.job.dtype, candidate.zero_stage, candidate.dp))
+
+    def partition(
+        self,
+        candidate: Candidate,
+        layers: Sequence[LayerProfile],
+        held: Sequence[int],
+        *,
+        splits_backward: bool,
+        shared: tuple[int, ...] | None = None,
+        time_limit_s: float = 10.0,
+    ) -> PartitionSolution:
+        """Cut the layers into stages by integer program, least bottleneck first.
+
+        `held[s]` is the most microbatches that stage s holds at one time. The chunks of a rank get equal parts of its
+        memory, or, with the placement in `shared`, share it as they like.
+        """
+        overhead = max(layer.temporary_bytes for layer in layers) + 4 * max(layer.output_bytes for layer in layers)
+        room, chunks = self.capacity_bytes - overhead, candidate.virtual_stages
+        problem = StagePartition(
+            times_us=tuple(round(_work_us(layer, splits_backward)) for layer in layers),
+            num_stages=candidate.num_stages,
+            static_bytes=tuple(self.states_bytes(candidate, [layer]) for layer in layers),
+            activation_bytes=tuple(layer.activation_bytes for layer in layers),
+            in_flight=tuple(held),
+            capacity_bytes=(room // chunks,) * candidate.num_stages if shared is None else (room,) * candidate.pp,
+            rank_of_stage=shared,
+        )
+        return solve_partition(problem, time_limit_s=time_limit_s)
+
+    def cut(
+        self, candidate: Candidate, layers: tuple[LayerProfile, ...], cuts: Sequence[int], placement: tuple[int, ...]
+    ) -> Cut:
+        """These cuts, priced stage by stage."""
+        stages = stage_costs(layers, cuts, placement, self.network.pipeline(candidate))
+        return Cut(candidate, layers, tuple(cuts), placement, stages)
+
+    def price_family(
+        self, candidate: Candidate, layers: tuple[LayerProfile, ...], family: Family
+    ) -> PricedLayout | None:
+        """The candidate under a fixed family; None if no cut fits its in-flight microbatches. It may still not fit."""
+        shape = (family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
+        placement = family.placement(candidate.pp, candidate.virtual_stages)
+        if candidate.virtual_stages == 1:
+            held = _held_per_stage(*shape, weight_ratio=_weight_ratio(layers))
+        else:
+            most = held_per_rank(*shape)
+            held = tuple(-(-most[rank][0] // candidate.virtual_stages) for rank in placement)
+        solution = self.partition(candidate, layers, held, splits_backward=family.splits_backward)
+        if solution.cuts is None:
+            return None
+        schedule = family_schedule(*shape)
+        return self.price(self.cut(candidate, layers, solution.cuts, placement), schedule, family.name, "family")
+
+    def price(
+        self, cut: Cut, schedule: Schedule, family: str, solver: str, schedule_lower_bound_us: float = 0.0
+    ) -> PricedLayout:
+        """Simulate an order on a cut, account for its memory and price what follows the pipeline."""
+        candidate, dtype = cut.candidate, self.job.dtype
+        timeline = simulate(schedule, cut.stages)
+        link = self.network.data_parallel(candidate)
+        after = [
+            (
+                data_parallel_us(sum(stage.parameter_bytes for stage in cut.hosted(rank)), dtype, candidate, link),
+                optimizer_us(sum(stage.optimizer_us for stage in cut.hosted(rank)), candidate),
+            )
+            for rank in range(candidate.pp)
+        ]
+        traffic_us, update_us = max(after, key=sum)
+        return PricedLayout(
+            cut=cut,
+            family=family,
+            solver=solver,
+            schedule=schedule,
+            timeline=timeline,
+            memory=self.memory(cut, timeline.peak_activation_bytes),
+            data_parallel_us=traffic_us,
+            optimizer_us=update_us,
+            schedule_lower_bound_us=schedule_lower_bound_us,
+        )
+
+    def memory(self, cut: Cut, peak_activation_bytes: Sequence[float]) -> tuple[RankMemory, ...]:
+        """Memory of every rank when its activations peak at these bytes, shape (p,)."""
+        candidate = cut.candidate
+        return tuple(
+            rank_memory(
+                cut.hosted(rank),
+                dtype=self.job.dtype,
+                zero_stage=candidate.zero_stage,
+                dp=candidate.dp,
+                num_ranks=candidate.pp,
+                peak_activation_bytes=math.ceil(peak_activation_bytes[rank]),
+                capacity=self.capacity_bytes,
+            )
+            for rank in range(candidate.pp)
+        )
+
+    def solve_order(
+        self, cut: Cut, *, solver: str, time_limit_s: float, seed: int
+    ) -> tuple[PricedLayout | None, PipelineSolution | None]:
+        """A solver's order for this cut within the memory that is left, and what the solver said.
+
+        Recomputing layers keep their backward in one piece. (None, None) if the model states alone overflow a rank.
+        """
+        candidate = cut.candidate
+        room = [self.capacity_bytes - fixed.total_bytes for fixed in self.memory(cut, [0.0] * candidate.pp)]
+        if min(room) < 0:
+            return None, None
+        problem = pipeline_problem(
+            cut.stages,
+            cut.rank_of_stage,
+            candidate.num_microbatches,
+            splits_backward=candidate.recompute == "none",
+            capacity_bytes=room,
+        )
+        solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed)
+        if solution.order is None:
+            return None, solution
+        schedule = Schedule.from_orders(solution.order)
+        bound = float(solution.lower_bound_us)
+        return self.price(cut, schedule, "auto", solution.solver, bound), solution
+
+
+@lru_cache(maxsize=16)
+def family_schedule(family: Family, num_ranks: int, num_microbatches: int, virtual_stages: int) -> Schedule:
+    """The family's schedule; candidates that differ in tp, ZeRO or recompute only share it."""
+    return family.generate(num_ranks, num_microbatches, virtual_stages)
+
+
+@lru_cache(maxsize=4096)
+def held_per_rank(
+    family: Family, num_ranks: int, num_microbatches: int, virtual_stages: int
+) -> tuple[tuple[int, int], ...]:
+    """`peak_per_rank` of the family's schedule, shape (p, 2)."""
+    return peak_per_rank(family_schedule(family, num_ranks, num_microbatches, virtual_stages))
+
+
+@lru_cache(maxsize=4096)
+def _held_per_stage(
+    family: Family, num_ranks: int, num_microbatches: int, virtual_stages: int, *, weight_ratio: float
+) -> tuple[int, ...]:
+    return peak_in_flight(family_schedule(family, num_ranks, num_microbatches, virtual_stages), weight_ratio)
+
+
+def _work_us(layer: LayerProfile, splits_backward: bool) -> float:
+    if splits_backward:
+        return layer.forward_us + layer.backward_input_us + layer.backward_weight_us
+    return layer.forward_us + layer.fused_backward_us
+
+
+def _weight_ratio(layers: Sequence[LayerProfile]) -> float:
+    ratios = [layer.weight_activation_bytes / layer.activation_bytes for layer in layers if layer.activation_bytes]
+    return round(max(ratios, default=0.0), 3)
