@@ -59,7 +59,7 @@ class Transport:
         self._outstanding: dict[Transfer, tuple[dist.Work, torch.Tensor]] = {}
         self._next = 0  # into program.incoming: the next receive this rank needs
         self._channel_order: dict[Channel, deque[Transfer]] = {}
-        self._headers: list[tuple[dist.Work, torch.Tensor]] = []
+        self._headers: list[tuple[Transfer, dist.Work, torch.Tensor]] = []
         self.peak_buffers = 0  # most boundary tensors held at once in this step, sends and receives
 
     def begin(self) -> None:
@@ -99,8 +99,8 @@ class Transport:
         """End a step: all receives are done, wait for the last sends."""
         for transfer in list(self._outstanding):
             self._let_go(transfer)
-        for work, _ in self._headers:
-            work.wait()
+        for transfer, work, _tensor in self._headers:
+            self._wait(work, transfer)
         self._headers.clear()
 
     def _post_ahead(self) -> None:
@@ -153,7 +153,7 @@ class Transport:
         padding = [0] * (_MAX_DIMENSIONS - tensor.dim())
         fields = [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *padding]
         header = torch.tensor(fields, dtype=torch.int64, device=self._device)
-        self._headers.append((self._start_send(transfer, header, header=True), header))
+        self._headers.append((transfer, self._start_send(transfer, header, header=True), header))
 
     def _receive_header(self, transfer: Transfer) -> tuple[torch.Size, torch.dtype]:
         header = torch.empty(2 + _MAX_DIMENSIONS, dtype=torch.int64, device=self._device)
