@@ -111,16 +111,12 @@ def _from_shorthand(text: str, num_nodes: int, devices_per_node: int, device_nam
             raise CatalogError(f"cluster {text!r} has 0 {what}; give at least 1: {_SHORTHAND_HELP}")
     num_devices = num_nodes * devices_per_node
     if num_devices > MAX_DEVICES:
-        raise CatalogError(
-            f"cluster {text!r} has {num_devices} devices, the limit is {MAX_DEVICES}; give fewer"
-        )
+        raise CatalogError(f"cluster {text!r} has {num_devices} devices, the limit is {MAX_DEVICES}; give fewer")
     try:
         spec = device(device_name)
     except CatalogError as error:
         raise CatalogError(f"cluster {text!r}: {error}") from None
-    group = NodeGroup(
-        device=spec, num_nodes=num_nodes, devices_per_node=devices_per_node, intra_node=spec.scale_up
-    )
+    group = NodeGroup(device=spec, num_nodes=num_nodes, devices_per_node=devices_per_node, intra_node=spec.scale_up)
     return Cluster(name=text, groups=(group,), inter_node=spec.scale_out, source=spec.source)
 
 
@@ -141,9 +137,7 @@ def _parse_cluster(text: str, where: str) -> Cluster:
             group.setdefault("devices_per_node", spec.devices_per_node)
             group.setdefault("intra_node", spec.scale_up.model_dump())
     if used and len(used) == len(groups or ()):
-        slowest = min(
-            (spec.scale_out for spec in used), key=lambda link: link.bandwidth_bytes_per_s * link.efficiency
-        )
+        slowest = min((spec.scale_out for spec in used), key=lambda link: link.bandwidth_bytes_per_s * link.efficiency)
         data.setdefault("inter_node", slowest.model_dump())
     return parse_facts(Cluster, json.dumps(data), where=where)
 
@@ -176,9 +170,7 @@ def _json_object(text: str, where: str) -> dict[str, object]:
 @cache
 def _names(kind: str) -> tuple[str, ...]:
     folder = files("profiles") / "catalog" / kind
-    return tuple(
-        sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
-    )
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")))
 
 
 def _shipped(kind: str, name: str) -> str:

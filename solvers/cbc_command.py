@@ -1,7 +1,5 @@
 """CBC as PuLP runs it: the binary that PuLP 3 brings along, or else a `cbc` on the path, seeded and quiet."""
 
-from pathlib import Path
-
 import pulp
 from pulp.apis import coin_api
 
@@ -14,16 +12,11 @@ def cbc_command(*, time_limit_s: float, seed: int, threads: int = 1, warm_start:
     The binary is named by its path: the class PuLP 3 has for it is deprecated, and the extra that PuLP 4 will want
     instead installs 600 MB.
     """
-    bundled = Path(coin_api.pulp_cbc_path)
     seeds = [f"randomCbcSeed {seed & 0x7FFFFFFF}", f"randomSeed {seed & 0x7FFFFFFF}"]
-    command = pulp.COIN_CMD(
-        path=str(bundled) if bundled.exists() else None,
-        msg=False,
-        timeLimit=time_limit_s,
-        threads=threads,
-        options=seeds,
-        warmStart=warm_start,
-    )
-    if not command.available():
-        raise SolverError("PuLP brings no CBC for this platform and none is on the path; install CBC")
-    return command
+    for path in (coin_api.pulp_cbc_path, None):
+        command = pulp.COIN_CMD(
+            path=path, msg=False, timeLimit=time_limit_s, threads=threads, options=seeds, warmStart=warm_start
+        )
+        if command.available():
+            return command
+    raise SolverError("PuLP brings no CBC for this platform and none is on the path; install CBC")

@@ -32,9 +32,7 @@ def splits(schedule: Schedule) -> dict[tuple[int, int], bool]:
     }
 
 
-def uniform_stages(
-    num_stages: int, *, f=1.0, b=1.0, w=1.0, transfer=0.0, held=2, held_w=1
-) -> list[StageTimes]:
+def uniform_stages(num_stages: int, *, f=1.0, b=1.0, w=1.0, transfer=0.0, held=2, held_w=1) -> list[StageTimes]:
     return [StageTimes(f, b, w, b + w, transfer, held, held_w)] * num_stages
 
 
@@ -73,10 +71,7 @@ def valid_schedules(draw, max_ranks=4, max_stages=6, max_microbatches=4) -> Sche
 def stages_for(draw, schedule: Schedule, *, zeros=True) -> list[StageTimes]:
     times = st.integers(0 if zeros else 1, 20)
     sizes = st.integers(0, 9)
-    return [
-        StageTimes(*(draw(times) for _ in range(5)), draw(sizes), draw(sizes))
-        for _ in range(schedule.num_stages)
-    ]
+    return [StageTimes(*(draw(times) for _ in range(5)), draw(sizes), draw(sizes)) for _ in range(schedule.num_stages)]
 
 
 def can_run(schedule: Schedule, num_stages: int, num_microbatches: int) -> bool:

@@ -22,9 +22,7 @@ def llama():
 
 def test_the_plan_adds_up(llama):
     guess, layout = llama.prediction, llama.layout
-    assert guess.step_time_us == pytest.approx(
-        guess.pipeline_us + guess.exposed_data_parallel_us + guess.optimizer_us
-    )
+    assert guess.step_time_us == pytest.approx(guess.pipeline_us + guess.exposed_data_parallel_us + guess.optimizer_us)
     assert sum(layout.layers_per_stage) == 34
     assert layout.tp * layout.pp * layout.dp == 16
     assert 0.2 < guess.mfu < 0.8
@@ -74,7 +72,13 @@ def test_a_pinned_layout_is_priced_beside_the_best_without_pins():
 
 def test_recomputation_is_chosen_where_nothing_else_fits():
     found = plan(
-        "llama-3.1-8b", "1x8xa100-40gb", global_batch_size=8, sequence_length=32768, tp=4, family="1f1b", time_limit_s=20
+        "llama-3.1-8b",
+        "1x8xa100-40gb",
+        global_batch_size=8,
+        sequence_length=32768,
+        tp=4,
+        family="1f1b",
+        time_limit_s=20,
     )
     assert found.layout.recompute == "full"
     assert found.certificate.infeasible_reasons["does not fit in memory"] > 0

@@ -25,9 +25,7 @@ def refused(result, code=2):
     return result.stderr
 
 
-@pytest.mark.parametrize(
-    ("family", "rate"), [("auto", 0.1585), ("zb-h1", 0.1585), ("1f1b", 0.2431)]
-)
+@pytest.mark.parametrize(("family", "rate"), [("auto", 0.1585), ("zb-h1", 0.1585), ("1f1b", 0.2431)])
 def test_the_zero_bubble_papers_rates_come_out(family, rate):
     result = pipewright(*ZERO_BUBBLE_1_5B, "--family", family)
     assert result.returncode == 0, result.stderr

@@ -35,9 +35,7 @@ def test_every_family_has_a_golden_order():
 def test_what_a_family_supports_it_generates_and_it_can_run(name, p, m, v):
     family = get_family(name)
     if (reason := family.supports(p, m, v)) is not None:
-        with pytest.raises(
-            ScheduleError, match=re.escape(f"{name} has no schedule for p={p} m={m} v={v}: {reason}")
-        ):
+        with pytest.raises(ScheduleError, match=re.escape(f"{name} has no schedule for p={p} m={m} v={v}: {reason}")):
             family.generate(p, m, v)
         return
     schedule = family.generate(p, m, v)
@@ -72,9 +70,7 @@ def test_numbers_below_one_are_a_reason(numbers):
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ScheduleError, match=r"no schedule family is called '1F1b'; did you mean '1f1b'\? Known: gpipe"
-    ):
+    with pytest.raises(ScheduleError, match=r"no schedule family is called '1F1b'; did you mean '1f1b'\? Known: gpipe"):
         get_family("1F1b")
     with pytest.raises(ScheduleError, match=r"called 'zb_h2'; did you mean 'zb-h1'\?"):
         get_family("zb_h2")

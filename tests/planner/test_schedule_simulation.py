@@ -21,7 +21,7 @@ F0.0 F0.1 F0.2 F0.3 F0.4 F0.5 F0.6 B0.0 W0.0 F0.7 B0.1 W0.1 B0.2 W0.2 B0.3 W0.3 
 F1.0 F1.1 F1.2 F1.3 F1.4 B1.0 F1.5 B1.1 F1.6 B1.2 W1.0 F1.7 B1.3 W1.1 B1.4 W1.2 B1.5 W1.3 B1.6 W1.4 B1.7 W1.5 W1.6 W1.7
 F2.0 F2.1 F2.2 B2.0 F2.3 B2.1 F2.4 B2.2 F2.5 B2.3 F2.6 B2.4 W2.0 F2.7 B2.5 W2.1 B2.6 W2.2 B2.7 W2.3 W2.4 W2.5 W2.6 W2.7
 F3.0 B3.0 F3.1 B3.1 F3.2 B3.2 F3.3 B3.3 F3.4 B3.4 F3.5 B3.5 F3.6 B3.6 W3.0 F3.7 B3.7 W3.1 W3.2 W3.3 W3.4 W3.5 W3.6 W3.7
-"""  # noqa: E501 - one line per rank is the format
+"""
 
 
 def run(name: str, p: int, m: int, v: int = 1, *, f=1.0, b=1.0, w=1.0, transfer=0.0) -> Timeline:

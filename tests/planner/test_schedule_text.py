@@ -45,7 +45,5 @@ def test_any_other_text_is_refused_or_written_back_as_it_was(text):
 
 @pytest.mark.parametrize("text", ["0F3", "F0", "F0.1.2", "f0.1", "F-1.0", "F00.1", "F0.١", "BWW0.0", "F0,1"])
 def test_a_wrong_action_is_named_with_rank_and_step(text):
-    with pytest.raises(
-        ScheduleError, match=r"rank 1, step 2: '.*' is not an action; write kind, stage, microbatch"
-    ):
+    with pytest.raises(ScheduleError, match=r"rank 1, step 2: '.*' is not an action; write kind, stage, microbatch"):
         Schedule.from_lines(["F0.0 BW0.0", f"F1.0 BW1.0 {text}"])
