@@ -63,10 +63,12 @@ class _Node:
     layers: tuple[LayerProfile, ...]
     families: tuple[Family, ...]
     floor_of_us: dict[bool, float]  # by whether the backward is split
+    solvers_may_split: bool
 
     @property
     def floor_us(self) -> float:
-        return min(self.floor_of_us[family.splits_backward] for family in self.families)
+        splits = {family.splits_backward for family in self.families} | {self.solvers_may_split}
+        return min(self.floor_of_us[split] for split in splits)
 
 
 def search(
@@ -147,7 +149,8 @@ class _Search:
                 else:
                     floor = self.pricer.floor(candidate, layers)
                     floors = {split: floor.step_us(splits_backward=split) for split in (False, True)}
-                    yield _Node(candidate, layers, families, floors)
+                    may_split = self.family is None and candidate.recompute == "none" and candidate.pp > 1
+                    yield _Node(candidate, layers, families, floors, may_split)
 
     def _families(self, candidate: Candidate) -> tuple[Family, ...]:
         """Fixed families that can run this candidate. Recomputing layers keep their backward in one piece."""
@@ -221,7 +224,7 @@ class _Search:
             return False
         cut = self.pricer.cut(candidate, node.layers, cuts, tuple(range(candidate.pp)))
         if self._num_actions(candidate) <= SOLVER_ACTION_LIMIT:
-            priced, solution = self.pricer.solve_order(cut, solver="list", time_limit_s=2.0, seed=self.seed)
+            priced, solution = self.pricer.solve_order(cut, solver="list-scheduling", time_limit_s=2.0, seed=self.seed)
             self._keep(priced)
             self._note_end(solution)
         return True
