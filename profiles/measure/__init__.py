@@ -32,10 +32,10 @@ from torch import Tensor
 from profiles.errors import ProfileError
 from profiles.measure.layers import LossFn, MakeBatch, OnProgress, ProfiledLayer, measure_model
 from profiles.measure.links import measure_links, measure_links_here
-from profiles.measure.models import Architecture, architecture_of, build_layers, loss_fn, synthetic_batch
+from profiles.measure.models import Architecture, build_layers, loss_fn, synthetic_batch
 from profiles.model import Dtype, MeasuredLinks, ModelProfile, ModelSpec, Origin, Recompute, Variant
 
-__all__ = ["ProfiledLayer", "profile_bundled", "profile_layers", "profile_spec"]
+__all__ = ["ProfiledLayer", "profile_bundled", "profile_layers"]
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -43,49 +43,6 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-
-
-def profile_spec(
-    spec: ModelSpec,
-    *,
-    sequence_length: int | None = None,
-    num_layers: int | None = None,
-    device: torch.device | str = "cpu",
-    dtype: Dtype = "float32",
-    micro_batch_sizes: Sequence[int] = (1, 2, 4),
-    recompute: Sequence[Recompute] = ("none",),
-    repeats: int = 10,
-    warmups: int = 3,
-    num_threads: int | None = None,
-    with_links: bool = True,
-    on_progress: OnProgress | None = None,
-) -> ModelProfile:
-    """Measure the bundled model of this shape, its sequence length and number of blocks changed where given.
-
-    Embeddings are untied, since the bundled models have none tied; the model's name then says so. ProfileError
-    if no bundled model has this shape, else as in `profile_layers`.
-    """
-    changes: dict[str, object] = {"tied_embeddings": False}
-    if spec.tied_embeddings:
-        changes["name"] = f"{spec.name}-untied"
-    if sequence_length is not None:
-        changes["sequence_length"] = sequence_length
-    if num_layers is not None:
-        changes["num_layers"] = num_layers
-    changed = ModelSpec.model_validate({**spec.model_dump(), **changes})
-    return profile_bundled(
-        architecture_of(changed),
-        changed,
-        device=device,
-        dtype=dtype,
-        micro_batch_sizes=micro_batch_sizes,
-        recompute=recompute,
-        repeats=repeats,
-        warmups=warmups,
-        num_threads=num_threads,
-        with_links=with_links,
-        on_progress=on_progress,
-    )
 
 
 def profile_bundled(

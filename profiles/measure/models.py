@@ -127,30 +127,18 @@ _TRAITS: dict[Architecture, dict[str, object]] = {
 }
 
 
-def architecture_of(spec: ModelSpec) -> Architecture:
-    """The bundled architecture with this shape; ProfileError names what none of them has."""
-    differences: dict[Architecture, list[str]] = {name: _differences(name, spec) for name in _TRAITS}
-    nearest = min(differences, key=lambda name: len(differences[name]))
-    _check(nearest, spec)
-    return nearest
-
-
 def _check(architecture: Architecture, spec: ModelSpec) -> None:
-    if differences := _differences(architecture, spec):
+    traits = _TRAITS[architecture]
+    wrong = [f"{name} is not {wanted}" for name, wanted in traits.items() if getattr(spec, name) != wanted]
+    if architecture == "gpt2" and spec.num_kv_heads != spec.num_heads:
+        wrong.append(f"num_kv_heads {spec.num_kv_heads} is not num_heads {spec.num_heads}")
+    if architecture == "llama" and spec.head_dim % 2:
+        wrong.append(f"head_dim {spec.head_dim} is odd")
+    if wrong:
         raise ProfileError(
-            f"model {spec.name!r} is not a bundled {architecture} model: {'; '.join(differences)}; "
+            f"model {spec.name!r} is not a bundled {architecture} model: {'; '.join(wrong)}; "
             "profile it from your own layers with profiles.measure.profile_layers"
         )
-
-
-def _differences(architecture: Architecture, spec: ModelSpec) -> list[str]:
-    traits = _TRAITS[architecture]
-    different = [f"{name} is not {wanted}" for name, wanted in traits.items() if getattr(spec, name) != wanted]
-    if architecture == "gpt2" and spec.num_kv_heads != spec.num_heads:
-        different.append(f"num_kv_heads {spec.num_kv_heads} is not num_heads {spec.num_heads}")
-    if architecture == "llama" and spec.head_dim % 2:
-        different.append(f"head_dim {spec.head_dim} is odd")
-    return different
 
 
 def _build_layer(

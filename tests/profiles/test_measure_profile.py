@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from profiles.errors import ProfileError
-from profiles.measure import ProfiledLayer, profile_bundled, profile_layers, profile_spec
+from profiles.measure import ProfiledLayer, profile_bundled, profile_layers
 from profiles.measure.links import _fit_line, measure_links_here
 from profiles.measure.models import model_spec_for
 from profiles.measure.timing import Stopwatch, Timing
@@ -51,15 +51,6 @@ def test_bytes_of_a_bundled_profile_are_those_of_its_shape():
     assert block.parameter_bytes == (12 * 16 * 16 + 13 * 16) * element
     # inputs 1 + 1 + 1 + 4 and output gradients 3 + 1 + 4 + 1 of qkv, out, in, out: 16 hidden sizes a token
     assert block.weight_activation_bytes == tokens * 16 * 16 * element
-
-
-def test_a_profile_of_a_catalogue_shape_is_cut_to_size_and_untied():
-    spec = model_spec_for("llama", **SIZES).model_copy(update={"tied_embeddings": True, "name": "small"})
-    profile = profile_spec(spec, sequence_length=5, num_layers=2, micro_batch_sizes=(1,), **QUICK)
-    assert profile.architecture == "llama"
-    assert profile.model.name == "small-untied"
-    assert profile.num_layers == 4
-    assert profile.variants[0].sequence_length == 5
 
 
 def test_own_layers_are_profiled_too():
