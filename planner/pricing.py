@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from solvers.registry import solve_pipeline
-
 from planner.cost import Network, StepFloor, data_parallel_us, optimizer_us, smallest_device, stage_costs
 from planner.layout import Candidate
 from planner.memory import capacity_bytes, model_state_bytes, rank_memory
@@ -24,6 +22,7 @@ from profiles.cluster import Cluster
 from profiles.model import Dtype, LayerProfile, ModelProfile
 from solvers.partition import PartitionSolution, StagePartition, solve_partition
 from solvers.pipeline import PipelineSolution
+from solvers.registry import solve_pipeline
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Pricer:
         self,
         candidate: Candidate,
         layers: Sequence[LayerProfile],
-        held: Sequence[int],
+        held: Sequence[tuple[int, int]],
         *,
         splits_backward: bool,
         shared: tuple[int, ...] | None = None,
@@ -127,8 +126,8 @@ class Pricer:
     ) -> PartitionSolution:
         """Cut the layers into stages by integer program, least bottleneck first.
 
-        `held[s]` is the most microbatches that stage s holds at one time. The chunks of a rank get equal parts of its
-        memory, or, with the placement in `shared`, share it as they like.
+        `held[s]` is how many microbatches stage s holds between F and B, and between B and W, at its fullest. The
+        chunks of a rank get equal parts of its memory, or, with the placement in `shared`, share it as they like.
         """
         overhead = max(layer.temporary_bytes for layer in layers) + 4 * max(layer.output_bytes for layer in layers)
         room, chunks = self.capacity_bytes - overhead, candidate.virtual_stages
@@ -137,7 +136,9 @@ class Pricer:
             num_stages=candidate.num_stages,
             static_bytes=tuple(self.states_bytes(candidate, [layer]) for layer in layers),
             activation_bytes=tuple(layer.activation_bytes for layer in layers),
-            in_flight=tuple(held),
+            in_flight=tuple(forwards for forwards, _ in held),
+            weight_activation_bytes=tuple(layer.weight_activation_bytes for layer in layers),
+            weights_in_flight=tuple(weights for _, weights in held),
             capacity_bytes=(room // chunks,) * candidate.num_stages if shared is None else (room,) * candidate.pp,
             rank_of_stage=shared,
         )
@@ -160,7 +161,7 @@ class Pricer:
             held = _held_per_stage(*shape, weight_ratio=_weight_ratio(layers))
         else:
             most = held_per_rank(*shape)
-            held = tuple(-(-most[rank][0] // candidate.virtual_stages) for rank in placement)
+            held = tuple((-(-most[rank][0] // candidate.virtual_stages), 0) for rank in placement)
         solution = self.partition(candidate, layers, held, splits_backward=family.splits_backward)
         if solution.cuts is None:
             return None
@@ -253,7 +254,7 @@ def held_per_rank(
 @lru_cache(maxsize=4096)
 def _held_per_stage(
     family: Family, num_ranks: int, num_microbatches: int, virtual_stages: int, *, weight_ratio: float
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, int], ...]:
     return peak_in_flight(family_schedule(family, num_ranks, num_microbatches, virtual_stages), weight_ratio)
 
 
@@ -264,5 +265,6 @@ def _work_us(layer: LayerProfile, splits_backward: bool) -> float:
 
 
 def _weight_ratio(layers: Sequence[LayerProfile]) -> float:
-    ratios = [layer.weight_activation_bytes / layer.activation_bytes for layer in layers if layer.activation_bytes]
-    return round(max(ratios, default=0.0), 3)
+    """M_W / M_B of the whole model, rounded so that neighbouring candidates share what depends on it."""
+    activations = sum(layer.activation_bytes for layer in layers)
+    return round(sum(layer.weight_activation_bytes for layer in layers) / activations, 2) if activations else 0.0

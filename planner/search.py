@@ -218,7 +218,7 @@ class _Search:
     def _hold_fewer_microbatches(self, node: _Node) -> bool:
         """Let list scheduling make an order within the memory there is."""
         candidate = node.candidate
-        one_each = [1] * candidate.pp
+        one_each = [(1, 0)] * candidate.pp
         cuts = self.pricer.partition(candidate, node.layers, one_each, splits_backward=True).cuts
         if cuts is None:
             return False
@@ -243,7 +243,7 @@ class _Search:
             solution = self.pricer.partition(
                 candidate,
                 node.layers,
-                [common[rank] for rank in placement],
+                [(common[rank], 0) for rank in placement],
                 splits_backward=family.splits_backward,
                 shared=placement,
                 time_limit_s=1.0,

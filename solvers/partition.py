@@ -2,11 +2,11 @@
 
 minimise   max over ranks of the time of the layers it hosts
 over       cuts 0 = c_0 < c_1 < ... < c_S = L; stage s holds layers [c_s, c_s+1) and runs on rank_of_stage[s]
-such that  on every rank, the sum over its stages s and their layers of static_bytes + in_flight[s] · activation_bytes is
-           at most its capacity_bytes.
+such that  on every rank, the sum over its stages s and their layers of static_bytes + in_flight[s] · activation_bytes
+           + weights_in_flight[s] · weight_activation_bytes is at most its capacity_bytes.
 
 Times are whole µs, sizes whole bytes, so every backend must prove the same optimum. Nothing here reads a file, a
-clock or a solver. `solve_partition` picks the backend: with one stage per rank `partition_chain` needs no solver at all.
+clock or a solver. `solve_partition` picks the backend: with one stage per rank `partition_chain` needs no solver.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,10 @@ class StagePartition:
     times_us: tuple[int, ...]  # shape (L,)
     num_stages: int
     static_bytes: tuple[int, ...] | None = None  # shape (L,): weights, gradients, optimizer; None is 0
-    activation_bytes: tuple[int, ...] | None = None  # shape (L,), of one microbatch; None is 0
-    in_flight: tuple[int, ...] | None = None  # shape (S,), microbatches a stage holds at once; None is 1
+    activation_bytes: tuple[int, ...] | None = None  # shape (L,), of one microbatch from F to B; None is 0
+    in_flight: tuple[int, ...] | None = None  # shape (S,), microbatches a stage holds between F and B; None is 1
+    weight_activation_bytes: tuple[int, ...] | None = None  # shape (L,), of one microbatch from B to W; None is 0
+    weights_in_flight: tuple[int, ...] | None = None  # shape (S,), those it holds between B and W meanwhile; None is 0
     capacity_bytes: tuple[int, ...] | None = None  # shape (p,); None is no limit
     rank_of_stage: tuple[int, ...] | None = None  # shape (S,); None puts stage s on rank s
 
@@ -39,6 +41,8 @@ class StagePartition:
             ("static_bytes", len(self.times_us)),
             ("activation_bytes", len(self.times_us)),
             ("in_flight", self.num_stages),
+            ("weight_activation_bytes", len(self.times_us)),
+            ("weights_in_flight", self.num_stages),
             ("rank_of_stage", self.num_stages),
             ("capacity_bytes", self.num_ranks),
         ):
@@ -75,10 +79,12 @@ class StagePartition:
 
     def layer_bytes(self, stage: int) -> list[int]:
         """What each layer would take on this stage, shape (L,)."""
-        static = self.static_bytes or (0,) * self.num_layers
-        activation = self.activation_bytes or (0,) * self.num_layers
+        nothing = (0,) * self.num_layers
         held = 1 if self.in_flight is None else self.in_flight[stage]
-        return [s + held * a for s, a in zip(static, activation, strict=True)]
+        waiting = 0 if self.weights_in_flight is None else self.weights_in_flight[stage]
+        sizes = (self.static_bytes, self.activation_bytes, self.weight_activation_bytes)
+        columns = zip(*(values or nothing for values in sizes), strict=True)
+        return [static + held * activation + waiting * weight for static, activation, weight in columns]
 
     def rank_times_us(self, cuts: Sequence[int]) -> list[int]:
         """Load of every rank under these S − 1 inner cuts, shape (p,); ValueError unless S non-empty stages."""

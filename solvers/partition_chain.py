@@ -1,9 +1,9 @@
 """Stage partition with one stage per rank, exactly and without a solver.
 
-The least bottleneck by bisection: for a deadline M, give each stage in turn as many layers as time and memory allow, but
-leave one for every stage behind it. A stage that starts later reaches at least as far, so no cuts get further than these,
-and M is feasible exactly if they reach the end. That holds while every stage can hold any one layer; where some cannot, a
-stage may have to start earlier to start at all, and all reachable ends are followed instead of the furthest one.
+The least bottleneck by bisection: for a deadline M, give each stage in turn as many layers as time and memory allow,
+but leave one for every stage behind it. A stage that starts later reaches at least as far, so no cuts get further than
+these, and M is feasible exactly if they reach the end. That holds while every stage can hold any one layer; where some
+cannot, a stage may have to start earlier to start at all, and all reachable ends are followed, not only the furthest.
 Then, among all cuts with that bottleneck, a dynamic programme takes those with the least sum of squared loads, the
 earliest cuts first: the same answer every time, and no lopsided one.
 """

@@ -1,28 +1,30 @@
 """How many microbatches each stage holds at once, from the order alone."""
 
-import math
-
 from planner.schedule.actions import Kind, Schedule
 
 
-def peak_in_flight(schedule: Schedule, weight_ratio: float) -> tuple[int, ...]:
-    """Most microbatches each stage holds at any time, shape (S,), rounded up.
+def peak_in_flight(schedule: Schedule, weight_ratio: float) -> tuple[tuple[int, int], ...]:
+    """What each stage holds at its fullest moment: (microbatches between F and B or BW, those between B and W).
 
-    A microbatch counts 1 from its F to its B (or BW), and `weight_ratio` = M_W / M_B from its B to its W.
+    Fullest by the first count plus `weight_ratio` = M_W / M_B times the second. Shape (S, 2).
     """
-    peaks = [0.0] * schedule.num_stages
+    fullest = [(0, 0)] * schedule.num_stages
+    weight = [0.0] * schedule.num_stages
     for actions in schedule.ranks:
-        held = dict.fromkeys({action.stage for action in actions}, 0.0)
+        held = {action.stage: [0, 0] for action in actions}
         for kind, stage, _ in actions:
+            counts = held[stage]
             if kind is Kind.F:
-                held[stage] += 1
-                peaks[stage] = max(peaks[stage], held[stage])
-            elif kind is Kind.B:
-                held[stage] -= 1 - weight_ratio
-                peaks[stage] = max(peaks[stage], held[stage])
+                counts[0] += 1
+            elif kind is Kind.W:
+                counts[1] -= 1
             else:
-                held[stage] -= weight_ratio if kind is Kind.W else 1
-    return tuple(math.ceil(peak - 1e-9) for peak in peaks)
+                counts[0] -= 1
+                counts[1] += kind is Kind.B
+            now = counts[0] + weight_ratio * counts[1]
+            if now > weight[stage]:
+                weight[stage], fullest[stage] = now, (counts[0], counts[1])
+    return tuple(fullest)
 
 
 def peak_per_rank(schedule: Schedule) -> tuple[tuple[int, int], ...]:

@@ -74,6 +74,8 @@ def problems(draw):
         static_bytes=draw(layers),
         activation_bytes=draw(layers),
         in_flight=tuple(draw(st.integers(1, 3)) for _ in range(num_stages)),
+        weight_activation_bytes=draw(layers),
+        weights_in_flight=tuple(draw(st.integers(0, 2)) for _ in range(num_stages)),
         capacity_bytes=tuple(draw(st.integers(0, 30)) for _ in range(num_ranks)) if limited else None,
         rank_of_stage=shared,
     )
@@ -90,6 +92,7 @@ def enumerated(problem):
             for layer in range(bounds[stage], bounds[stage + 1]):
                 loads[rank] = loads.get(rank, 0) + problem.times_us[layer]
                 size = problem.static_bytes[layer] + problem.in_flight[stage] * problem.activation_bytes[layer]
+                size += problem.weights_in_flight[stage] * problem.weight_activation_bytes[layer]
                 used[rank] = used.get(rank, 0) + size
         fits = problem.capacity_bytes is None or all(used[r] <= problem.capacity_bytes[r] for r in used)
         if fits and (best is None or max(loads.values()) < best):
@@ -116,6 +119,8 @@ def test_the_chain_solver_agrees_with_enumeration(problem):
         problem.static_bytes,
         problem.activation_bytes,
         problem.in_flight[: problem.num_ranks],
+        problem.weight_activation_bytes,
+        problem.weights_in_flight[: problem.num_ranks],
         problem.capacity_bytes,
         tuple(range(problem.num_ranks)),
     )
