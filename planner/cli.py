@@ -198,7 +198,7 @@ def profile(
     if as_json:
         print(found.model_dump_json(indent=1))
     else:
-        from planner.report.terminal import render_profile
+        from planner.report.profile import render_profile
 
         print(render_profile(found))
 
@@ -227,7 +227,7 @@ def schedule(
     as_json: Json = False,
 ) -> None:
     """Schedule a pipeline from its costs alone."""
-    from planner.report.terminal import render_schedule
+    from planner.report.schedule import render_schedule
     from planner.scheduling import PipelineCosts, schedule_costs
 
     costs = PipelineCosts(
@@ -300,7 +300,7 @@ def run(
     if as_json:
         print(report.model_dump_json(indent=1))
     else:
-        from planner.report.terminal import render_run
+        from planner.report.run import render_run
 
         print(render_run(report))
 

@@ -213,6 +213,6 @@ class Plan(Facts):
             raise PlanError(f"plan.schedule: {error}") from None
 
     def __str__(self) -> str:
-        from planner.report.terminal import render_plan
+        from planner.report.plan import render_plan
 
         return render_plan(self)

@@ -1,8 +1,8 @@
 """The catalogue for people: what can be named on the command line."""
 
-from rich.table import Table
+from rich.console import RenderableType
 
-from planner.report.terminal import render, size
+from planner.report.text import grid, render, size
 from planner.schedule.families import FAMILIES
 from profiles import catalog
 from profiles.cluster import Cluster, DeviceSpec
@@ -33,57 +33,56 @@ def catalog_entry(name: str) -> ModelSpec | DeviceSpec | Cluster:
 
 def render_catalog() -> str:
     """Tables of models, devices, clusters and families."""
-    return render(_models(), _devices(), _clusters(), _families())
+    return render(_models(), _devices(), _clusters(), _families(), width=130)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def _models() -> Table:
-    table = _table("Models", "name", "parameters", "layers", "hidden", "heads", "kv heads", "vocabulary", "sequence")
-    for spec in map(catalog.model, catalog.model_names()):
-        table.add_row(
+def _models() -> RenderableType:
+    rows = [
+        [
             spec.name,
             f"{spec.num_parameters / 1e9:.2f} B",
-            str(spec.num_layers),
-            str(spec.hidden_size),
-            str(spec.num_heads),
-            str(spec.num_kv_heads),
-            str(spec.vocab_size),
-            str(spec.sequence_length),
-        )
-    return table
+            *(str(n) for n in (spec.num_layers, spec.hidden_size, spec.num_heads, spec.num_kv_heads)),
+            *(str(n) for n in (spec.vocab_size, spec.sequence_length)),
+        ]
+        for spec in map(catalog.model, catalog.model_names())
+    ]
+    columns = ("name", "parameters", "layers", "hidden", "heads", "kv heads", "vocabulary", "sequence")
+    return grid("Models", columns, rows, left=("name",))
 
 
-def _devices() -> Table:
-    table = _table("\nDevices", "name", "memory", "memory bandwidth", "peak", "in node", "between nodes")
+def _devices() -> RenderableType:
+    rows = []
     for spec in map(catalog.device, catalog.device_names()):
         dtype = next(name for name in ("bfloat16", "float16", "float32") if name in spec.peak_flops)
-        table.add_row(
-            spec.name,
-            size(spec.memory_bytes),
-            f"{spec.memory_bandwidth_bytes_per_s / 1e9:.0f} GB/s",
-            f"{spec.peak_flops[dtype] / 1e12:g} TFLOP/s {dtype}",
-            f"{spec.scale_up.bandwidth_bytes_per_s / 1e9:g} GB/s",
-            f"{spec.scale_out.bandwidth_bytes_per_s / 1e9:g} GB/s",
+        rows.append(
+            [
+                spec.name,
+                size(spec.memory_bytes),
+                f"{spec.memory_bandwidth_bytes_per_s / 1e9:.0f} GB/s",
+                f"{spec.peak_flops[dtype] / 1e12:g} TFLOP/s {dtype}",
+                f"{spec.scale_up.bandwidth_bytes_per_s / 1e9:g} GB/s",
+                f"{spec.scale_out.bandwidth_bytes_per_s / 1e9:g} GB/s",
+            ]
         )
-    return table
+    columns = ("name", "memory", "memory bandwidth", "peak", "in node", "between nodes")
+    return grid("Devices", columns, rows, left=("name",))
 
 
-def _clusters() -> Table:
-    table = _table("\nClusters (or write NODESxPER_NODExDEVICE)", "name", "devices", "nodes", "made of")
-    for spec in map(catalog.cluster, catalog.cluster_names()):
-        parts = ", ".join(f"{g.num_nodes} × {g.devices_per_node} {g.device.name}" for g in spec.groups)
-        table.add_row(spec.name, str(spec.num_devices), str(spec.num_nodes), parts)
-    return table
+def _clusters() -> RenderableType:
+    rows = [
+        [
+            spec.name,
+            str(spec.num_devices),
+            str(spec.num_nodes),
+            ", ".join(f"{g.num_nodes} × {g.devices_per_node} {g.device.name}" for g in spec.groups),
+        ]
+        for spec in map(catalog.cluster, catalog.cluster_names())
+    ]
+    columns = ("name", "devices", "nodes", "made of")
+    return grid("Clusters (or write NODESxPER_NODExDEVICE)", columns, rows, left=("name", "made of"))
 
 
-def _families() -> Table:
-    table = _table("\nSchedule families (or auto)", "name", "title", "source")
-    for family in FAMILIES.values():
-        table.add_row(family.name, family.title, family.source)
-    return table
+def _families() -> RenderableType:
+    rows = [[family.name, family.title, family.source] for family in FAMILIES.values()]
+    columns = ("name", "title", "source")
+    return grid("Schedule families (or auto)", columns, rows, left=columns)

@@ -1,0 +1,71 @@
+"""A run for people: losses, how exact the training was, and measured beside predicted."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+
+from planner.report.text import duration, facts, grid, render
+
+if TYPE_CHECKING:
+    from planner.executor.run_report import RunReport
+
+
+def render_run(report: "RunReport") -> str:
+    """What `pipewright run` prints for people."""
+    rows = [
+        ("ran", f"{report.layout}, {report.family}, {report.num_processes} processes on {report.device}"),
+        (
+            "with",
+            f"torch {report.torch_version}, {report.backend}, {report.dtype}, {report.threads_per_process} threads",
+        ),
+    ]
+    exact = report.exactness
+    if exact is not None:
+        rows.append(("losses", f"within {exact.worst_loss_relative_difference:.1e} of one process, relative"))
+        rows.append(
+            (
+                "gradients",
+                f"within {exact.gradient_relative_difference:.1e} of one process, relative "
+                f"(first step, worst parameter: {exact.worst_parameter})",
+            )
+        )
+    return render(facts(rows), _losses(report), _measured_and_predicted(report), _actions(report))
+
+
+def _losses(report: "RunReport") -> RenderableType:
+    exact = report.exactness
+    rows = []
+    for step, (loss, step_us) in enumerate(zip(report.losses, report.step_times_us, strict=True)):
+        compared = (
+            []
+            if exact is None
+            else [f"{exact.reference_losses[step]:.9f}", f"{exact.loss_relative_differences[step]:.1e}"]
+        )
+        rows.append([str(step + 1), f"{loss:.9f}", *compared, duration(step_us)])
+    beside = () if exact is None else ("in one process", "difference")
+    return grid("Steps", ("step", "loss", *beside, "time"), rows)
+
+
+def _measured_and_predicted(report: "RunReport") -> RenderableType:
+    measured, guess = report.measured, report.predicted
+    rows = []
+    for name, real_us, guess_us in (
+        ("step", measured.step_us, guess.step_us),
+        ("pipeline", measured.pipeline_us, guess.pipeline_us),
+        ("data parallel", measured.data_parallel_us, guess.data_parallel_us),
+        ("optimizer", measured.optimizer_us, guess.optimizer_us),
+    ):
+        error = f"{guess_us / real_us - 1:+.1%}" if real_us > 0 and guess_us > 0 else ""
+        rows.append([name, duration(real_us), duration(guess_us), error])
+    title = f"Measured (median, without the first {report.num_skipped_steps} steps) and predicted"
+    return grid(title, ("part", "measured", "predicted", "error"), rows, left=("part",))
+
+
+def _actions(report: "RunReport") -> RenderableType:
+    rows = []
+    for row in report.actions:
+        error = f"{row.predicted_us / row.measured_us - 1:+.1%}" if row.measured_us > 0 else ""
+        times = (duration(row.measured_us), duration(row.predicted_us), error, duration(row.waited_us))
+        rows.append([row.kind, str(row.stage), str(row.count), *times])
+    columns = ("action", "stage", "count", "measured", "predicted", "error", "waited before")
+    return grid("Actions (mean)", columns, rows, left=("action",))
