@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from solvers.bounds import Bound
 from solvers.pipeline import Order, PipelineProblem, PipelineSolution, Status
 
 
@@ -43,8 +44,9 @@ class Backend(Protocol):
         hint: Order | None = None,
         on_progress: OnProgress | None = None,
         workers: int = 2,
+        bound: Bound | None = None,
     ) -> PipelineSolution:
-        """The best order found within the limit, with what is proven about it."""
+        """The best order found within the limit, with what is proven about it; `bound` saves computing it again."""
 
 
 def infeasible(solver: str, seed: int, seconds: float) -> PipelineSolution:

@@ -16,8 +16,8 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
-from math import gcd
+from itertools import accumulate, pairwise
+from math import ceil, gcd
 
 import numpy as np
 import numpy.typing as npt
@@ -205,7 +205,7 @@ def _most_value(states: Sequence[tuple[int, int]], count: int, capacity: int | N
             for x in range(min(count, capacity // size_a) + 1)
         )
     total, left = count * hull[0][1], capacity
-    for (size_low, value_low), (size_high, value_high) in zip(hull, hull[1:], strict=False):
+    for (size_low, value_low), (size_high, value_high) in pairwise(hull):
         price = count * (size_high - size_low)
         if price > left:
             return total + (value_high - value_low) * left // (size_high - size_low)
@@ -299,14 +299,14 @@ def _energy_by_bytes_us(problem: PipelineProblem, chains: Chains, rank: int) -> 
     up = max(Fraction(size[s], problem.forward_us[s]) for s in stages)
     down = max(Fraction(size[s], problem.back_us[s] + weight[s]) for s in stages)
     up_room = capacity - max(size[s] for s in stages)
-    down_room = capacity - max(max(down * problem.back_us[s], min(size[s], kept[s])) for s in stages)
+    down_room = capacity - max(max(down * problem.back_us[s], Fraction(min(size[s], kept[s]))) for s in stages)
     up_us = max(Fraction(0), up_room / up) if up else Fraction(0)
     down_us = max(Fraction(0), down_room / down) if down else Fraction(0)
     if up_us + down_us > problem.work_us[rank]:
         share = problem.work_us[rank] / (up_us + down_us)
         up_us, down_us = up_us * share, down_us * share
     lost = up_us * up_room - up * up_us**2 / 2 + down_us * down_room - down * down_us**2 / 2
-    return -int((-area - lost) // capacity)
+    return ceil((area + lost) / capacity)
 
 
 # --- chains -----------------------------------------------------------------------------------------------------------

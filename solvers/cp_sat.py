@@ -19,13 +19,25 @@ import time
 from math import gcd
 from typing import Any
 
+from ortools.sat.python import cp_model
+
 from solvers.backend import Event, OnProgress, infeasible
 from solvers.bounds import Bound, best_bound
-from solvers.list_scheduling import ListScheduling
-from solvers.pipeline import Op, Order, PipelineProblem, PipelineSolution, SolverError, Status
+from solvers.list_scheduling import quick_order
+from solvers.pipeline import Order, PipelineProblem, PipelineSolution, SolverError, Status
+from solvers.searched_ops import Key, duration_us, order_by, precedences, searched_ops, starts_us, time_unit_us
 
 _MAX_OPS = 30_000  # above this, building the model alone takes longer than it is worth
+_EXACT_OPS = 400  # above this, all workers improve the incumbent and none tries to prove by itself
 _POLL_S = 0.05
+
+
+_STATUS = {  # MODEL_INVALID is absent on purpose: it is a bug of ours, and raises SolverError
+    cp_model.OPTIMAL: Status.OPTIMAL,  # proven
+    cp_model.FEASIBLE: Status.FEASIBLE,  # a limit stopped the proof
+    cp_model.INFEASIBLE: Status.INFEASIBLE,  # proven
+    cp_model.UNKNOWN: Status.NO_SOLUTION,  # a limit came first, nothing is proven
+}
 
 
 class CpSat:
@@ -57,15 +69,11 @@ class CpSat:
             return infeasible(self.name, seed, time.monotonic() - began)
         if bound is None:
             bound = best_bound(problem)
-        if hint is None or not problem.evaluate(hint).fits:
-            quick = ListScheduling(max_rules=1).solve(problem, time_limit_s=time_limit_s, seed=seed, bound=bound)
-            hint = quick.order
-        assert hint is not None
-        hint = problem.canonical(hint)
-        model = _Model(problem, hint, bound)
+        best = quick_order(problem, hint)
+        best_score = problem.evaluate(best)
+        model = _Model(problem, best, best_score.objective_us, bound)
         run = _run(model, max(0.1, time_limit_s - (time.monotonic() - began)), seed, workers, on_progress, began)
 
-        best, best_score = hint, problem.evaluate(hint)
         if run.status.has_solution:
             order = model.order(run.solver)
             score = problem.evaluate(order)
@@ -98,67 +106,40 @@ class CpSat:
 class _Model:
     """The CP model of a problem, and the way back."""
 
-    def __init__(self, problem: PipelineProblem, hint: Order, bound: Bound) -> None:
-        from ortools.sat.python import cp_model
-
+    def __init__(self, problem: PipelineProblem, hint: Order, upper_us: int, bound: Bound) -> None:
         self.problem = problem
-        score = problem.evaluate(hint)
         num_stages, m = problem.num_stages, problem.num_microbatches
-        times = (*problem.forward_us, *problem.back_us, *problem.weight_us, *problem.transfer_us)
-        unit = self._unit_us = gcd(*times)
-        forward = [t // unit for t in problem.forward_us]
-        back = [t // unit for t in problem.back_us]
-        weight = [t // unit for t in problem.weight_us]
-        transfer = [t // unit for t in problem.transfer_us]
-        upper = score.objective_us // unit
         span = problem.objective == "span"
+        # a span need not be a multiple of the times' unit: ranks that wait for each other can share a remainder
+        unit = self._unit_us = 1 if span else time_unit_us(problem)
+        upper = upper_us // unit
         horizon = 2 * upper if span else upper
         model = self.model = cp_model.CpModel()
 
-        starts: dict[tuple[str, int, int], Any] = {}
         intervals: list[list[Any]] = [[] for _ in range(problem.num_ranks)]
-        durations = {"F": forward, "B": back, "W": weight}
-        for kind, duration in durations.items():
-            for s in range(num_stages):
-                if kind == "W" and not problem.has_weight_op[s]:
-                    continue
-                for j in range(m):
-                    start = model.new_int_var(0, horizon - duration[s], "")
-                    starts[kind, s, j] = start
-                    intervals[problem.rank_of_stage[s]].append(
-                        model.new_fixed_size_interval_var(start, duration[s], "")
-                    )
-                    if j:
-                        model.add(start >= starts[kind, s, j - 1] + duration[s])
-        self._starts = starts
-        for s in range(num_stages):
-            for j in range(m):
-                if s:
-                    model.add(starts["F", s, j] >= starts["F", s - 1, j] + (forward[s - 1] + transfer[s - 1]))
-                    model.add(starts["B", s - 1, j] >= starts["B", s, j] + (back[s] + transfer[s - 1]))
-                if s == num_stages - 1:
-                    model.add(starts["B", s, j] >= starts["F", s, j] + forward[s])
-                if problem.has_weight_op[s]:
-                    model.add(starts["W", s, j] >= starts["B", s, j] + back[s])
+        starts = self._starts = dict[Key, Any]()
+        length = {key: duration_us(problem, key) // unit for key in searched_ops(problem)}
+        for key, duration in length.items():
+            start = starts[key] = model.new_int_var(0, horizon - duration, "")
+            interval = model.new_fixed_size_interval_var(start, duration, "")
+            intervals[problem.rank_of_stage[key[1]]].append(interval)
+        for before, after, delay_us in precedences(problem):
+            model.add(starts[after] >= starts[before] + (length[before] + delay_us // unit))
         for row in intervals:
             model.add_no_overlap(row)
         if problem.capacity_bytes is not None:
             for rank in range(problem.num_ranks):
-                self._add_memory(rank, forward, back, weight, horizon)
+                self._add_memory(rank, length, horizon)
 
         cost = self._cost = model.new_int_var(-(-bound.value_us // unit), upper, "cost")
         for stages in problem.stages_of_rank:
             begin = starts["F", stages[0], 0] if span else 0
             for s in stages:
-                end = starts["W", s, m - 1] + weight[s] if problem.has_weight_op[s] else starts["B", s, m - 1] + back[s]
-                model.add(cost >= end - begin)
+                last = ("W" if problem.has_weight_op[s] else "B", s, m - 1)
+                model.add(cost >= starts[last] + length[last] - begin)
         model.minimize(cost)
 
-        hints = {
-            (op.kind if op.kind != "BW" else "B", op.stage, op.microbatch): start
-            for ops, row in zip(hint, score.starts_us, strict=True)
-            for op, start in zip(ops, row, strict=True)
-        }
+        hints = starts_us(problem, hint)
         shift = 0
         if span:
             model.add(starts["F", num_stages - 1, 0] == upper)
@@ -167,7 +148,7 @@ class _Model:
             model.add_hint(start, (hints[key] + shift) // unit)
         model.add_hint(cost, upper)
 
-    def _add_memory(self, rank: int, forward: list[int], back: list[int], weight: list[int], horizon: int) -> None:
+    def _add_memory(self, rank: int, length: dict[Key, int], horizon: int) -> None:
         problem, model, starts = self.problem, self.model, self._starts
         assert problem.capacity_bytes is not None
         capacity = problem.capacity_bytes[rank]
@@ -176,9 +157,9 @@ class _Model:
             taken, kept, extra = problem.activation_bytes[s], problem.kept_bytes[s], problem.extra_bytes[s]
             for j in range(problem.num_microbatches):
                 start = starts["F", s, j]
-                back_end = starts["B", s, j] + back[s]
+                back_end = starts["B", s, j] + length["B", s, j]
                 if problem.has_weight_op[s]:
-                    weight_end = starts["W", s, j] + weight[s]
+                    weight_end = starts["W", s, j] + length["W", s, j]
                     held.append((start, back_end, max(0, taken - kept)))
                     held.append((start, weight_end, min(taken, kept)))
                     held.append((starts["B", s, j], weight_end, extra))
@@ -191,8 +172,7 @@ class _Model:
         unit = gcd(*(size for _, _, size in held))
         rows = []
         for start, end, _ in held:
-            length = model.new_int_var(0, horizon, "")
-            rows.append(model.new_interval_var(start, length, end, ""))
+            rows.append(model.new_interval_var(start, model.new_int_var(0, horizon, ""), end, ""))
         model.add_cumulative(rows, [size // unit for _, _, size in held], capacity // unit)
 
     def value_us(self, value: float) -> int:
@@ -201,19 +181,7 @@ class _Model:
 
     def order(self, solver: Any) -> Order:
         """The order of the solver's answer."""
-        problem = self.problem
-        ranks: list[list[tuple[int, list[Op]]]] = [[] for _ in range(problem.num_ranks)]
-        for (kind, s, j), start in self._starts.items():
-            if kind == "B" and not problem.split[s]:
-                ops = [Op("BW", s, j)]
-            elif kind == "B" and not problem.has_weight_op[s]:
-                ops = [Op("B", s, j), Op("W", s, j)]
-            else:
-                ops = [Op(kind, s, j)]
-            ranks[problem.rank_of_stage[s]].append((solver.value(start), ops))
-        return tuple(
-            tuple(op for _, ops in sorted(row, key=lambda entry: entry[0]) for op in ops) for row in ranks
-        )
+        return order_by(self.problem, lambda key: solver.value(self._starts[key]))
 
 
 class _Run:
@@ -229,19 +197,10 @@ def _run(
     model: _Model, time_limit_s: float, seed: int, workers: int, on_progress: OnProgress | None, began: float
 ) -> _Run:
     """Solve in a thread of its own, so that Ctrl-C and progress are dealt with at once, in this one."""
-    from ortools.sat.python import cp_model
-
-    status_of = {  # MODEL_INVALID is absent on purpose: it is a bug of ours, and raises SolverError
-        cp_model.OPTIMAL: Status.OPTIMAL,  # proven
-        cp_model.FEASIBLE: Status.FEASIBLE,  # a limit stopped the proof
-        cp_model.INFEASIBLE: Status.INFEASIBLE,  # proven
-        cp_model.UNKNOWN: Status.NO_SOLUTION,  # a limit came first, nothing is proven
-    }
-
     news: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-    class Callback(cp_model.CpSolverSolutionCallback):  # type: ignore[misc]  # ortools ships no types
-        def on_solution_callback(self) -> None:
+    class Callback(cp_model.CpSolverSolutionCallback):
+        def on_solution_callback(self) -> None:  # what the base class calls
             value, lower = model.value_us(self.objective_value), model.value_us(self.best_objective_bound)
             news.put(Event(CpSat.name, time.monotonic() - began, value, lower))
 
@@ -250,6 +209,12 @@ def _run(
     solver.parameters.random_seed = seed & 0x7FFFFFFF
     solver.parameters.num_workers = workers
     solver.parameters.catch_sigint_signal = False
+    solver.parameters.interleave_search = True  # the same seed gives the same answer, whatever the threads do
+    if model.problem.num_ops > _EXACT_OPS:
+        solver.parameters.use_lns_only = True
+        solver.parameters.linearization_level = 0
+        solver.parameters.cp_model_probing_level = 0
+        solver.parameters.symmetry_level = 0
     outcome: list[Any] = []
 
     def work() -> None:
@@ -261,17 +226,24 @@ def _run(
     thread = threading.Thread(target=work, name="cp-sat", daemon=True)
     thread.start()
     interrupted = False
-    while thread.is_alive():
-        try:
-            thread.join(_POLL_S)
-            while on_progress is not None and not news.empty():
-                on_progress(news.get())
-        except KeyboardInterrupt:
-            interrupted = True
-            solver.stop_search()
+    try:
+        while thread.is_alive() or not news.empty():
+            try:
+                thread.join(_POLL_S)
+                while not news.empty():
+                    event = news.get()
+                    if on_progress is not None:
+                        on_progress(event)
+            except KeyboardInterrupt:
+                interrupted = True
+            if interrupted:
+                solver.stop_search()
+    finally:
+        solver.stop_search()
+        thread.join()
     (result,) = outcome
     if isinstance(result, BaseException):
         raise result
-    if result not in status_of:
+    if result not in _STATUS:
         raise SolverError(f"CP-SAT calls the model {solver.status_name(result)}: {model.model.validate()}")
-    return _Run(solver, status_of[result], interrupted)
+    return _Run(solver, _STATUS[result], interrupted)

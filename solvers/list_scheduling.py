@@ -214,8 +214,7 @@ class Simulator:
             if back_stage >= 0 and held[rank] + extra[back_stage] > capacity[rank]:
                 kind, s = _WEIGHT, weight_stage  # one is pending, else the promise leaves room for `extra`
             elif back_stage >= 0 and not (
-                forward_stage >= 0
-                and started_f[forward_stage] - started_b[forward_stage] < warm_up[forward_stage]
+                forward_stage >= 0 and started_f[forward_stage] - started_b[forward_stage] < warm_up[forward_stage]
             ):
                 kind, s = _BACK, back_stage
             elif (
@@ -431,6 +430,14 @@ class ListScheduling:
             limited_by_time=search.out_of_time,
             note=f"{search.num_tried} rules tried",
         )
+
+
+def quick_order(problem: PipelineProblem, hint: Order | None) -> Order:
+    """The hint in microbatch order if it fits, else what the first rule makes; the problem must be feasible."""
+    if hint is not None and problem.evaluate(hint).fits:
+        return problem.canonical(hint)
+    simulator = Simulator(problem)
+    return simulator.order(simulator.run(rule_family(problem)[0]))
 
 
 class _Search:

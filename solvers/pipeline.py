@@ -71,9 +71,7 @@ class PipelineScore:
     bubble_rate_makespan: float
     peak_bytes: tuple[int, ...]  # shape (p,)
     fits: bool  # no rank above its capacity
-    starts_us: tuple[
-        tuple[int, ...], ...
-    ]  # per rank, parallel to the order, of a timing that attains the objective
+    starts_us: tuple[tuple[int, ...], ...]  # per rank, parallel to the order, of a timing that attains the objective
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,7 @@ class PipelineProblem:
             ("weight_activation_bytes", num_stages),
         ):
             if len(getattr(self, name)) != want:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries, {num_stages} stages need {want}"
-                )
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, {num_stages} stages need {want}")
         for name, least, most in (
             ("forward_us", 1, _MAX_TIME_US),
             ("backward_us", 1, _MAX_TIME_US),
@@ -152,16 +148,14 @@ class PipelineProblem:
     def stages_of_rank(self) -> tuple[tuple[int, ...], ...]:
         """The stages every rank hosts, ascending; shape (p, chunks of the rank)."""
         return tuple(
-            tuple(s for s, host in enumerate(self.rank_of_stage) if host == rank)
-            for rank in range(self.num_ranks)
+            tuple(s for s, host in enumerate(self.rank_of_stage) if host == rank) for rank in range(self.num_ranks)
         )
 
     @cached_property
     def back_us(self) -> tuple[int, ...]:
         """What a stage runs before its predecessor can go on backwards: B where split, else BW; shape (S,)."""
         return tuple(
-            b if split else b + w
-            for b, w, split in zip(self.backward_us, self.weight_us, self.split, strict=True)
+            b if split else b + w for b, w, split in zip(self.backward_us, self.weight_us, self.split, strict=True)
         )
 
     @cached_property
@@ -178,24 +172,19 @@ class PipelineProblem:
         """What a backward takes when it starts, max(0, M_W − M_B) where split; shape (S,)."""
         return tuple(
             max(0, mw - mb) if split else 0
-            for mb, mw, split in zip(
-                self.activation_bytes, self.weight_activation_bytes, self.split, strict=True
-            )
+            for mb, mw, split in zip(self.activation_bytes, self.weight_activation_bytes, self.split, strict=True)
         )
 
     @cached_property
     def kept_bytes(self) -> tuple[int, ...]:
         """What is held from the end of a backward to the end of its W: M_W where split, else 0; shape (S,)."""
-        return tuple(
-            mw if split else 0 for mw, split in zip(self.weight_activation_bytes, self.split, strict=True)
-        )
+        return tuple(mw if split else 0 for mw, split in zip(self.weight_activation_bytes, self.split, strict=True))
 
     @cached_property
     def work_us(self) -> tuple[int, ...]:
         """Time every rank is busy, all microbatches; shape (p,)."""
         return tuple(
-            self.num_microbatches
-            * sum(self.forward_us[s] + self.backward_us[s] + self.weight_us[s] for s in stages)
+            self.num_microbatches * sum(self.forward_us[s] + self.backward_us[s] + self.weight_us[s] for s in stages)
             for stages in self.stages_of_rank
         )
 
@@ -232,8 +221,7 @@ class PipelineProblem:
     def is_feasible(self) -> bool:
         """Whether any order fits the capacities; exact, see `single_microbatch_bytes`."""
         return self.capacity_bytes is None or all(
-            need <= there
-            for need, there in zip(self.single_microbatch_bytes(), self.capacity_bytes, strict=True)
+            need <= there for need, there in zip(self.single_microbatch_bytes(), self.capacity_bytes, strict=True)
         )
 
     def canonical(self, order: Order) -> Order:
@@ -381,9 +369,7 @@ class PipelineSolution:
     order: Order | None
     score: PipelineScore | None
     lower_bound_us: int  # proven: no order of this problem costs less (0 if infeasible)
-    lower_bound_kind: (
-        str  # which argument proved it: work, chain, head-tail, memory-energy, or a solver's name
-    )
+    lower_bound_kind: str  # which argument proved it: work, chain, head-tail, memory-energy, or a solver's name
     solver: str
     seconds: float
     seed: int

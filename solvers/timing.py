@@ -75,10 +75,8 @@ class TimingGraph:
         rank_start = {self.first[r]: release_us[r] for r in range(self.num_ranks)}
         start_us = [0] * len(duration_us)
         for node in order:
-            if node in rank_start:
-                start = rank_start[node]
-            else:
-                start = start_us[node - 1] + duration_us[node - 1]
+            released = rank_start.get(node)
+            start = start_us[node - 1] + duration_us[node - 1] if released is None else released
             needs = wait_for[node]
             if needs >= 0:
                 arrival = start_us[needs] + duration_us[needs] + delay_us[node]
@@ -135,8 +133,7 @@ class TimingGraph:
         num_ranks, first = self.num_ranks, self.first
         asap_us = self.earliest_starts_us(order, [0] * num_ranks)
         spans_us = [
-            asap_us[first[r + 1] - 1] + self.duration_us[first[r + 1] - 1] - asap_us[first[r]]
-            for r in range(num_ranks)
+            asap_us[first[r + 1] - 1] + self.duration_us[first[r + 1] - 1] - asap_us[first[r]] for r in range(num_ranks)
         ]
         upper = max(spans_us)
         worst = spans_us.index(upper)
