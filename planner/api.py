@@ -1,6 +1,7 @@
 """What a user can ask for, as functions: each command of `pipewright` calls one of these."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
@@ -193,8 +194,8 @@ def _check_counts(global_batch_size: int, sequence_length: int | None, time_limi
         raise LayoutError(f"global batch size {global_batch_size}: give at least 1 sequence")
     if sequence_length is not None and sequence_length < 1:
         raise LayoutError(f"sequence length {sequence_length}: give at least 1 token")
-    if not time_limit_s > 0:
-        raise LayoutError(f"time limit {time_limit_s}: give more than 0 seconds")
+    if not (math.isfinite(time_limit_s) and time_limit_s > 0):
+        raise LayoutError(f"time limit {time_limit_s}: give a finite number of seconds above 0")
 
 
 def _prepare(

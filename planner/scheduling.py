@@ -7,16 +7,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from solvers.registry import Progress, solve_pipeline
-
-from planner.errors import LayoutError
+from planner.errors import InfeasibleError, LayoutError
 from planner.plans import StageCosts
 from planner.schedule.actions import Schedule
 from planner.schedule.answer import Objective, ScheduleAnswer
 from planner.schedule.families import FAMILIES, get_family
 from solvers.bounds import best_bound
-from solvers.pipeline import Order, PipelineProblem, PipelineScore, Status
+from solvers.pipeline import Op, Order, PipelineProblem, PipelineScore, Status
+from solvers.registry import BACKENDS, Progress, get_backend, solve_pipeline
 
+MAX_ACTIONS = 3_000_000
 MAX_TIME_US = 1e12  # eleven days for one action; more is a mistake in the unit
 
 
@@ -49,8 +49,6 @@ def pipeline_problem(
 
 def order_of(schedule: Schedule) -> Order:
     """A schedule as solvers see it."""
-    from solvers.pipeline import Op
-
     return tuple(tuple(Op(str(a.kind), a.stage, a.microbatch) for a in actions) for actions in schedule.ranks)
 
 
@@ -121,20 +119,15 @@ def schedule_costs(
     time_limit_s: float = 30.0,
     seed: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
-) -> ScheduleAnswer | None:
-    """Schedule from costs alone; None when no schedule fits the memory or none was found in time.
+) -> ScheduleAnswer:
+    """Schedule from costs alone. InfeasibleError when nothing fits the memory, or nothing was found in time.
 
     `memory_limit` is in units of `costs.activation_bytes`, per rank. With a named family the answer is that family's
     schedule, and its gap is against every schedule of these costs with a split backward.
     """
     chosen = None if family == "auto" else get_family(family)
     placement_family = chosen or FAMILIES["interleaved-1f1b" if virtual_stages > 1 else "1f1b"]
-    if num_ranks < 1 or num_microbatches < 1 or virtual_stages < 1:
-        raise LayoutError(
-            f"p={num_ranks}, m={num_microbatches}, v={virtual_stages}: ranks, microbatches and chunks count from 1"
-        )
-    if memory_limit is not None and not (math.isfinite(memory_limit) and memory_limit > 0):
-        raise LayoutError(f"memory limit {memory_limit} is not a positive number of microbatches")
+    _check_question(num_ranks, num_microbatches, virtual_stages, memory_limit, time_limit_s)
     rank_of_stage = placement_family.placement(num_ranks, virtual_stages)
     stages = costs.stages(rank_of_stage)
     capacity = None if memory_limit is None else [math.floor(memory_limit * costs.activation_bytes)] * num_ranks
@@ -147,9 +140,10 @@ def schedule_costs(
         objective=objective,
     )
     if chosen is None:
+        _check_solver(solver, problem)
         solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed, on_progress=on_progress)
         if solution.order is None or solution.score is None:
-            return None
+            raise InfeasibleError(_why_nothing(solution.status, memory_limit, time_limit_s))
         return _answer(
             "auto",
             solution.solver,
@@ -178,7 +172,12 @@ def schedule_costs(
     )
     score = own.evaluate(order)
     if not score.fits:
-        return None
+        worst = max(range(num_ranks), key=lambda rank: score.peak_bytes[rank])
+        raise InfeasibleError(
+            f"no {chosen.name} schedule fits: rank {worst} holds {score.peak_bytes[worst]} at its peak, the memory "
+            f"limit of {memory_limit or 0:g} microbatches is {capacity[worst] if capacity else 0}; raise the "
+            "limit, or let auto make an order that holds less"
+        )
     bound = best_bound(problem)
     status = Status.OPTIMAL if bound.value_us >= score.objective_us else Status.FEASIBLE
     return _answer(
@@ -196,6 +195,44 @@ def schedule_costs(
         limited_by_time=False,
         interrupted=False,
     )
+
+
+def _why_nothing(status: Status, memory_limit: float | None, time_limit_s: float) -> str:
+    if status is Status.INFEASIBLE:
+        return (
+            f"no schedule exists: a single microbatch does not fit in {memory_limit or 0:g} microbatches of memory per "
+            "rank; raise the memory limit"
+        )
+    return f"no schedule found in {time_limit_s:g} s, and none proven impossible; raise the time limit"
+
+
+def _check_question(
+    num_ranks: int, num_microbatches: int, virtual_stages: int, memory_limit: float | None, time_limit_s: float
+) -> None:
+    if num_ranks < 1 or num_microbatches < 1 or virtual_stages < 1:
+        raise LayoutError(
+            f"p={num_ranks}, m={num_microbatches}, v={virtual_stages}: ranks, microbatches and chunks count from 1"
+        )
+    num_actions = 3 * num_ranks * num_microbatches * virtual_stages
+    if num_actions > MAX_ACTIONS:
+        raise LayoutError(
+            f"p={num_ranks}, m={num_microbatches}, v={virtual_stages} make {num_actions} actions; "
+            f"at most {MAX_ACTIONS} are scheduled"
+        )
+    if memory_limit is not None and not (math.isfinite(memory_limit) and memory_limit > 0):
+        raise LayoutError(f"memory limit {memory_limit} is not a positive number of microbatches")
+    if not (math.isfinite(time_limit_s) and time_limit_s > 0):
+        raise LayoutError(f"time limit {time_limit_s}: give a finite number of seconds above 0")
+
+
+def _check_solver(solver: str, problem: PipelineProblem) -> None:
+    if solver == "auto":
+        return
+    if solver not in BACKENDS:
+        raise LayoutError(f"no solver is called {solver!r}; known: auto, {', '.join(BACKENDS)}")
+    obstacle = get_backend(solver).why_not(problem)
+    if obstacle is not None:
+        raise LayoutError(f"solver {solver!r} does not take this problem: {obstacle}")
 
 
 def _answer(

@@ -50,7 +50,9 @@ def test_schedule_prints_the_documented_keys():
 def test_a_memory_limit_a_family_breaks_is_an_answer_not_found():
     limit = ZERO_BUBBLE_1_5B.index("--memory-limit") + 1
     arguments = [*ZERO_BUBBLE_1_5B[:limit], "4", *ZERO_BUBBLE_1_5B[limit + 1 :]]
-    assert "no 1f1b schedule found within 4 microbatches" in refused(pipewright(*arguments, "--family", "1f1b"), 1)
+    assert "no 1f1b schedule fits: rank 0 holds 16 at its peak, the memory limit of 4 microbatches is 8" in refused(
+        pipewright(*arguments, "--family", "1f1b"), 1
+    )
 
 
 def test_plan_saves_what_validate_accepts(tmp_path):
