@@ -122,15 +122,18 @@ class Pricer:
         *,
         splits_backward: bool,
         shared: tuple[int, ...] | None = None,
+        keeps_room: bool = True,
         time_limit_s: float = 10.0,
     ) -> PartitionSolution:
         """Cut the layers into stages by integer program, least bottleneck first.
 
         `held[s]` is how many microbatches stage s holds between F and B, and between B and W, at its fullest. The
         chunks of a rank get equal parts of its memory, or, with the placement in `shared`, share it as they like.
+        With `keeps_room`, every rank keeps room for the largest transients and boundary tensors of the whole model; its
+        own may be smaller, so only what is infeasible without it is proven not to fit.
         """
         overhead = max(layer.temporary_bytes for layer in layers) + 4 * max(layer.output_bytes for layer in layers)
-        room, chunks = self.capacity_bytes - overhead, candidate.virtual_stages
+        room, chunks = self.capacity_bytes - (overhead if keeps_room else 0), candidate.virtual_stages
         problem = StagePartition(
             times_us=tuple(round(_work_us(layer, splits_backward)) for layer in layers),
             num_stages=candidate.num_stages,
@@ -154,7 +157,10 @@ class Pricer:
     def price_family(
         self, candidate: Candidate, layers: tuple[LayerProfile, ...], family: Family
     ) -> PricedLayout | None:
-        """The candidate under a fixed family; None if no cut fits its in-flight microbatches. It may still not fit."""
+        """The candidate under a fixed family, which may yet overflow a rank; None if no cut fits.
+
+        With one chunk per rank, None is a proof that none does.
+        """
         shape = (family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
         placement = family.placement(candidate.pp, candidate.virtual_stages)
         if candidate.virtual_stages == 1:
@@ -162,11 +168,26 @@ class Pricer:
         else:
             most = held_per_rank(*shape)
             held = tuple((-(-most[rank][0] // candidate.virtual_stages), 0) for rank in placement)
-        solution = self.partition(candidate, layers, held, splits_backward=family.splits_backward)
-        if solution.cuts is None:
+        cuts = self.roomy_cuts(candidate, layers, held, splits_backward=family.splits_backward)
+        if cuts is None:
             return None
         schedule = family_schedule(*shape)
-        return self.price(self.cut(candidate, layers, solution.cuts, placement), schedule, family.name, "family")
+        return self.price(self.cut(candidate, layers, cuts, placement), schedule, family.name, "family")
+
+    def roomy_cuts(
+        self,
+        candidate: Candidate,
+        layers: Sequence[LayerProfile],
+        held: Sequence[tuple[int, int]],
+        *,
+        splits_backward: bool,
+    ) -> tuple[int, ...] | None:
+        """Cuts that keep room for transients if there are any, else cuts that do not, else None."""
+        for keeps_room in (True, False):
+            solution = self.partition(candidate, layers, held, splits_backward=splits_backward, keeps_room=keeps_room)
+            if solution.cuts is not None:
+                return solution.cuts
+        return None
 
     def price(
         self, cut: Cut, schedule: Schedule, family: str, solver: str, schedule_lower_bound_us: float = 0.0

@@ -13,10 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from planner.errors import InfeasibleError
 from planner.layout import Candidate, Pins, Space
-from planner.pricing import Job, PricedLayout, Pricer, family_schedule, held_per_rank
+from planner.pricing import Cut, Job, PricedLayout, Pricer, family_schedule, held_per_rank
 from planner.schedule.families import FAMILIES, Family
 from profiles.model import LayerProfile, Variant
 from solvers.pipeline import PipelineSolution
@@ -53,6 +54,12 @@ class SearchResult:
     interrupted: bool = False
     limited_by_time: bool = False
     seconds: float = 0.0
+
+
+class _Outcome(Enum):
+    SETTLED = auto()  # it is priced, or need not be
+    UNDECIDED = auto()  # no family fits as it was cut
+    IMPOSSIBLE = auto()  # proven: nothing fits
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,10 @@ class _Search:
             node = heapq.heappop(self.queue)[2]
             self.open[node.candidate] = node.floor_us
             self.result.num_evaluated += 1
-            if not self._price_families(node):
+            outcome = self._price_families(node)
+            if outcome is _Outcome.IMPOSSIBLE:
+                self._close(node)
+            elif outcome is _Outcome.UNDECIDED:
                 second_tries.append(node)
             self._report("pricing layouts")
         for node in second_tries:
@@ -193,66 +203,94 @@ class _Search:
                 self.result.limited_by_time = True
                 break
             if not self._try_again(node):
-                del self.open[node.candidate]
-                self.result.infeasible["does not fit in memory"] += 1
+                self._close(node)
             self._report("trying tight layouts again")
 
-    def _price_families(self, node: _Node) -> bool:
-        """Price a candidate under every family; whether any fits, or need not be tried."""
-        settled = False
+    def _close(self, node: _Node) -> None:
+        """Take a candidate that is proven not to fit out of the certificate."""
+        del self.open[node.candidate]
+        self.result.infeasible["does not fit in memory"] += 1
+
+    def _price_families(self, node: _Node) -> _Outcome:
+        """Price a candidate under every family that may still win."""
+        settled, impossible = False, node.candidate.virtual_stages == 1
         for family in node.families:
             if node.floor_of_us[family.splits_backward] >= self._best_us():
                 settled = True
-            else:
-                settled |= self._keep(self.pricer.price_family(node.candidate, node.layers, family))
-        return settled
+                continue
+            priced = self.pricer.price_family(node.candidate, node.layers, family)
+            settled |= self._keep(priced)
+            impossible &= priced is None
+        if settled:
+            return _Outcome.SETTLED
+        solvers_may_try = self.family is None and node.candidate.pp > 1
+        return _Outcome.IMPOSSIBLE if impossible and not solvers_may_try else _Outcome.UNDECIDED
 
     def _try_again(self, node: _Node) -> bool:
-        """What no family fits as it stands; False only if it is proven that nothing fits."""
+        """What no family fits as it was cut; False only if it is proven that nothing fits."""
         if node.candidate.virtual_stages > 1:
             return self._share_memory_unevenly(node)
         if self.family is not None or node.candidate.pp == 1:
-            return False
+            return True
         return self._hold_fewer_microbatches(node)
 
     def _hold_fewer_microbatches(self, node: _Node) -> bool:
-        """Let list scheduling make an order within the memory there is."""
+        """Let list scheduling make an order within the memory there is; a rank holds one microbatch at least."""
         candidate = node.candidate
         one_each = [(1, 0)] * candidate.pp
-        cuts = self.pricer.partition(candidate, node.layers, one_each, splits_backward=True).cuts
+        cuts = self.pricer.roomy_cuts(candidate, node.layers, one_each, splits_backward=True)
         if cuts is None:
             return False
-        cut = self.pricer.cut(candidate, node.layers, cuts, tuple(range(candidate.pp)))
-        if self._num_actions(candidate) <= SOLVER_ACTION_LIMIT:
-            priced, solution = self.pricer.solve_order(cut, solver="list-scheduling", time_limit_s=2.0, seed=self.seed)
-            self._keep(priced)
-            self._note_end(solution)
+        self._list_schedule(self.pricer.cut(candidate, node.layers, cuts, tuple(range(candidate.pp))))
         return True
 
     def _share_memory_unevenly(self, node: _Node) -> bool:
         """Cut chunks that share a rank's memory as they like, by integer program.
 
-        A rank holds each of its layers at least `common` times at one moment, however they are cut into chunks
-        (`peak_per_rank`). So if no cut fits at those counts, none fits: that is what the program may prove.
+        While B of a rank's last chunk runs, all its chunks hold that microbatch; and under a fixed family a rank holds
+        each of its layers at least `common` times at one moment, however they are cut into chunks (`held_per_rank`).
+        If no cut fits at those counts, none fits: that is what the program may prove.
         """
         candidate, possible = node.candidate, False
         for family in node.families:
             shape = (family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
             placement = family.placement(candidate.pp, candidate.virtual_stages)
             common = [held for _, held in held_per_rank(*shape)]
-            solution = self.pricer.partition(
-                candidate,
-                node.layers,
-                [(common[rank], 0) for rank in placement],
-                splits_backward=family.splits_backward,
-                shared=placement,
-                time_limit_s=1.0,
-            )
-            possible |= solution.status is not Status.INFEASIBLE
-            if solution.cuts is not None:
-                cut = self.pricer.cut(candidate, node.layers, solution.cuts, placement)
-                self._keep(self.pricer.price(cut, family_schedule(*shape), family.name, "family"))
+            cuts, fits_once = self._shared_cuts(node, family, placement, common)
+            if cuts is not None:
+                cut = self.pricer.cut(candidate, node.layers, cuts, placement)
+                if not self._keep(self.pricer.price(cut, family_schedule(*shape), family.name, "family")):
+                    self._list_schedule(cut)
+            elif self.family is None:
+                cuts, fits_once = self._shared_cuts(node, family, placement, [1] * candidate.pp)
+                if cuts is not None:
+                    self._list_schedule(self.pricer.cut(candidate, node.layers, cuts, placement))
+            possible |= fits_once
         return possible
+
+    def _shared_cuts(
+        self, node: _Node, family: Family, placement: tuple[int, ...], held: Sequence[int]
+    ) -> tuple[tuple[int, ...] | None, bool]:
+        """Cuts at these in-flight counts per rank, and whether there may be any."""
+        solution = self.pricer.partition(
+            node.candidate,
+            node.layers,
+            [(held[rank], 0) for rank in placement],
+            splits_backward=family.splits_backward,
+            shared=placement,
+            keeps_room=False,
+            time_limit_s=1.0,
+        )
+        return solution.cuts, solution.status is not Status.INFEASIBLE
+
+    def _list_schedule(self, cut: Cut) -> None:
+        if self.family is None and self._num_actions(cut.candidate) <= SOLVER_ACTION_LIMIT:
+            limit_s = min(2.0, max(0.05, self.time_limit_s - self._elapsed_s()))
+            priced, solution = self.pricer.solve_order(
+                cut, solver="list-scheduling", time_limit_s=limit_s, seed=self.seed
+            )
+            self._keep(priced)
+            self._note_end(solution)
 
     def _polish(self) -> None:
         """Give the best few candidates a solver-made schedule."""

@@ -1,0 +1,180 @@
+"""The search against plain enumeration: the bound is under everything there is, and what is dropped cannot fit."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.errors import InfeasibleError
+from planner.layout import Pins, enumerate_space
+from planner.pricing import Job, Pricer
+from planner.schedule.families import FAMILIES
+from planner.search import search
+from profiles.cluster import Cluster, DeviceSpec, Link, NodeGroup
+from profiles.model import LayerGroup, LayerProfile, ModelProfile, ModelSpec, Origin, Variant
+
+FAST = Link(bandwidth_bytes_per_s=1e9, latency_us=1.0)
+SLOW = Link(bandwidth_bytes_per_s=1e8, latency_us=5.0)
+
+
+def cluster(num_nodes, per_node, memory_bytes):
+    device = DeviceSpec(
+        name="toy",
+        kind="cpu",
+        memory_bytes=memory_bytes,
+        memory_bandwidth_bytes_per_s=1e9,
+        peak_flops={"float32": 1e9},
+        matmul_efficiency=1.0,
+        memory_efficiency=1.0,
+        kernel_launch_us=0.0,
+        scale_up=FAST,
+        scale_out=SLOW,
+        devices_per_node=per_node,
+        source="made up for this test",
+    )
+    group = NodeGroup(device=device, num_nodes=num_nodes, devices_per_node=per_node, intra_node=FAST)
+    return Cluster(name="toys", groups=(group,), inter_node=SLOW, source="made up for this test")
+
+
+def profile(rows, sizes, recompute):
+    """Layers from (F, B, W, parameter bytes, M_B) rows; costs grow with the micro-batch size."""
+    variants = [
+        Variant(micro_batch_size=size, sequence_length=8, dtype="float32", recompute=mode)
+        for size in sizes
+        for mode in recompute
+    ]
+    groups = []
+    for index, (forward, backward, weight, parameters, held) in enumerate(rows):
+        costs = []
+        for variant in variants:
+            n, again = variant.micro_batch_size, forward if variant.recompute == "full" else 0
+            costs.append(
+                LayerProfile(
+                    variant=variant,
+                    forward_us=float(n * forward),
+                    backward_input_us=float(n * (backward + again)),
+                    backward_weight_us=float(n * weight),
+                    fused_backward_us=float(n * (backward + weight + again)),
+                    optimizer_us=float(parameters),
+                    parameter_bytes=4 * parameters,
+                    activation_bytes=n * (1 if again else held),
+                    weight_activation_bytes=n * (held // 2),
+                    output_bytes=100 * n,
+                )
+            )
+        kind = "embedding" if index == 0 else "head" if index == len(rows) - 1 else "block"
+        groups.append(LayerGroup(name=f"layer {index}", kind=kind, profiles=tuple(costs)))
+    spec = ModelSpec(
+        name="toy",
+        num_layers=len(rows) - 2,
+        hidden_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        ffn_size=8,
+        gated_mlp=False,
+        vocab_size=16,
+        sequence_length=8,
+        tied_embeddings=False,
+        source="made up for this test",
+    )
+    origin = Origin(kind="analytic", device="toy", when="", how="made up")
+    return ModelProfile(model=spec, layers=tuple(groups), origin=origin)
+
+
+def everything(job, space, family_name):
+    """Step times of all cuts of all candidates under all families that fit, one by one."""
+    pricer = Pricer(job)
+    for candidate in space.candidates:
+        if candidate.variant(8, "float32") not in job.profile.variants:
+            continue
+        layers = pricer.layers(candidate)
+        for family in FAMILIES.values():
+            if family_name not in ("auto", family.name):
+                continue
+            if family.supports(candidate.pp, candidate.num_microbatches, candidate.virtual_stages) is not None:
+                continue
+            if family.splits_backward and (candidate.recompute != "none" or candidate.pp == 1):
+                continue
+            schedule = family.generate(candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
+            placement = family.placement(candidate.pp, candidate.virtual_stages)
+            for cuts in combinations(range(1, len(layers)), candidate.num_stages - 1):
+                priced = pricer.price(pricer.cut(candidate, layers, cuts, placement), schedule, family.name, "test")
+                if priced.fits:
+                    yield priced.step_us
+
+
+rows = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 5), st.integers(1, 40)),
+    min_size=4,
+    max_size=6,
+)
+
+
+@given(rows, st.sampled_from([(1, 2), (2, 2), (1, 4)]), st.integers(60, 600), st.sampled_from(["auto", "1f1b"]))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_nothing_that_fits_is_under_the_bound_and_the_answer_is_near_the_best(layers, shape, memory, family):
+    machines = cluster(*shape, memory)
+    job = Job(profile(layers, (1, 2), ("none", "full")), machines, 4, 8, "float32")
+    pins = Pins(family=family)
+    space = enumerate_space(
+        job.profile.model, machines, global_batch_size=4, num_layers=len(layers), pins=pins, micro_batch_sizes=(1, 2)
+    )
+    best = min(everything(job, space, family), default=None)
+    try:
+        found = search(job, space, pins, time_limit_s=20, seed=0)
+    except InfeasibleError:
+        assert best is None, f"a layout of {best} µs fits"
+        return
+    answer = found.ranked[0]
+    assert answer.fits
+    assert found.lower_bound_us <= answer.step_us
+    if best is not None:
+        assert found.lower_bound_us <= best * (1 + 1e-9), f"bound {found.lower_bound_us} over the real {best}"
+
+
+def test_a_larger_device_never_makes_the_answer_worse():
+    layers = [(1, 1, 1, 2, 4), (5, 6, 4, 5, 30), (5, 6, 4, 5, 30), (5, 6, 4, 5, 30), (3, 3, 3, 2, 8)]
+    previous = float("inf")
+    for memory in (150, 200, 400, 2000):
+        machines = cluster(1, 2, memory)
+        job = Job(profile(layers, (1,), ("none", "full")), machines, 4, 8, "float32")
+        space = enumerate_space(
+            job.profile.model, machines, global_batch_size=4, num_layers=5, pins=Pins(), micro_batch_sizes=(1,)
+        )
+        try:
+            step = search(job, space, Pins(), time_limit_s=20, seed=0).ranked[0].step_us
+        except InfeasibleError:
+            step = float("inf")
+        assert step <= previous
+        previous = step
+    assert previous < float("inf")
+
+
+def test_a_search_that_is_cut_short_says_so():
+    machines = cluster(2, 4, 100_000)
+    job = Job(profile([(2, 2, 2, 2, 2)] * 6, (1, 2), ("none", "full")), machines, 64, 8, "float32")
+    space = enumerate_space(
+        job.profile.model, machines, global_batch_size=64, num_layers=6, pins=Pins(), micro_batch_sizes=(1, 2)
+    )
+    found = search(job, space, Pins(), time_limit_s=20, seed=0)
+    with_time = found.lower_bound_us / found.ranked[0].step_us
+    try:
+        hurried = search(job, space, Pins(), time_limit_s=1e-6, seed=0)
+    except InfeasibleError as error:
+        assert "Raise the time limit" in str(error)
+    else:
+        assert hurried.limited_by_time
+        assert hurried.lower_bound_us / hurried.ranked[0].step_us <= with_time
+
+
+@pytest.mark.parametrize("family", ["1f1b", "zb-h1", "gpipe"])
+def test_a_pinned_family_is_what_comes_out(family):
+    machines = cluster(1, 2, 100_000)
+    job = Job(profile([(2, 2, 2, 2, 2)] * 5, (1,), ("none",)), machines, 4, 8, "float32")
+    pins = Pins(pp=2, family=family)
+    space = enumerate_space(
+        job.profile.model, machines, global_batch_size=4, num_layers=5, pins=pins, micro_batch_sizes=(1,)
+    )
+    assert {priced.family for priced in search(job, space, pins, time_limit_s=20, seed=0).ranked} == {family}
