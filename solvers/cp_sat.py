@@ -16,7 +16,8 @@ The lower bound of `solvers.bounds` goes into the model; the solver's own may be
 import queue
 import threading
 import time
-from math import gcd
+from fractions import Fraction
+from math import ceil, floor, gcd, lcm
 from typing import Any
 
 from ortools.sat.python import cp_model
@@ -71,23 +72,33 @@ class CpSat:
             bound = best_bound(problem)
         best = quick_order(problem, hint)
         best_score = problem.evaluate(best)
-        model = _Model(problem, best, best_score.objective_us, bound)
-        run = _run(model, max(0.1, time_limit_s - (time.monotonic() - began)), seed, workers, on_progress, began)
-
-        if run.status.has_solution:
+        interrupted = False
+        for grain in _grains_us(problem):
+            left_s = time_limit_s - (time.monotonic() - began)
+            if bound.value_us >= best_score.objective_us or interrupted or left_s <= 0:
+                break
+            model = _Model(problem, best, grain, best_score.objective_us, bound)
+            run = _run(model, max(0.1, left_s), seed, workers, on_progress, began)
+            interrupted = run.interrupted
+            if run.status is Status.INFEASIBLE:
+                raise SolverError("CP-SAT finds no order at all, but the hint is one")
+            if not run.status.has_solution:
+                break
             order = model.order(run.solver)
             score = problem.evaluate(order)
-            if not score.fits or score.objective_us > model.value_us(run.solver.objective_value):
+            claimed_us = model.cost_us(run.solver.objective_value)
+            if not score.fits or score.objective_us > claimed_us:
                 raise SolverError(
                     f"CP-SAT's order scores {score.objective_us} µs and {score.peak_bytes} bytes, its model says "
-                    f"{model.value_us(run.solver.objective_value)} µs within {problem.capacity_bytes} bytes"
+                    f"{claimed_us} µs within {problem.capacity_bytes} bytes"
                 )
             if score.objective_us < best_score.objective_us:
                 best, best_score = order, score
-        elif run.status is Status.INFEASIBLE:
-            raise SolverError("CP-SAT finds no order at all, but the hint is one")
-        if run.status.has_solution and model.value_us(run.solver.best_objective_bound) > bound.value_us:
-            bound = Bound(min(best_score.objective_us, model.value_us(run.solver.best_objective_bound)), self.name)
+            proven_us = min(model.least_us(run.solver.best_objective_bound), best_score.objective_us)
+            if proven_us > bound.value_us:
+                bound = Bound(proven_us, self.name)
+            if run.status is not Status.OPTIMAL:
+                break
         proven = bound.value_us >= best_score.objective_us
         return PipelineSolution(
             status=Status.OPTIMAL if proven else Status.FEASIBLE,
@@ -98,40 +109,53 @@ class CpSat:
             solver=self.name,
             seconds=time.monotonic() - began,
             seed=seed,
-            interrupted=run.interrupted,
-            limited_by_time=not proven and not run.interrupted,
+            interrupted=interrupted,
+            limited_by_time=not proven and not interrupted,
         )
+
+
+def _grains_us(problem: PipelineProblem) -> list[Fraction]:
+    """The grids, in µs, on which starts are searched, coarse to fine; the last one loses nothing.
+
+    All longest paths are multiples of the times' greatest common divisor g, so for the makespan that grid is exact.
+    A least span is the mean of up to p such paths (see `TimingGraph.least_span`), rounded up to whole µs: a multiple
+    of g / k with k ≤ p, which a grid of g / lcm(1..p) contains. Coarse grids are far quicker to search, so
+    both are used, one after the other, unless whole µs are no finer.
+    """
+    unit = time_unit_us(problem)
+    if problem.objective == "makespan" or problem.num_ranks == 1 or unit == 1:
+        return [Fraction(unit)]
+    return [Fraction(unit), max(Fraction(1), Fraction(unit, lcm(*range(1, problem.num_ranks + 1))))]
 
 
 class _Model:
     """The CP model of a problem, and the way back."""
 
-    def __init__(self, problem: PipelineProblem, hint: Order, upper_us: int, bound: Bound) -> None:
+    def __init__(self, problem: PipelineProblem, hint: Order, grain_us: Fraction, upper_us: int, bound: Bound) -> None:
         self.problem = problem
+        self._grain_us = grain_us
         num_stages, m = problem.num_stages, problem.num_microbatches
         span = problem.objective == "span"
-        # a span need not be a multiple of the times' unit: ranks that wait for each other can share a remainder
-        unit = self._unit_us = 1 if span else time_unit_us(problem)
-        upper = upper_us // unit
+        upper = ceil(upper_us / grain_us)
         horizon = 2 * upper if span else upper
         model = self.model = cp_model.CpModel()
 
         intervals: list[list[Any]] = [[] for _ in range(problem.num_ranks)]
         starts = self._starts = dict[Key, Any]()
-        length = {key: duration_us(problem, key) // unit for key in searched_ops(problem)}
+        length = {key: int(duration_us(problem, key) / grain_us) for key in searched_ops(problem)}
         for key, duration in length.items():
             start = starts[key] = model.new_int_var(0, horizon - duration, "")
             interval = model.new_fixed_size_interval_var(start, duration, "")
             intervals[problem.rank_of_stage[key[1]]].append(interval)
         for before, after, delay_us in precedences(problem):
-            model.add(starts[after] >= starts[before] + (length[before] + delay_us // unit))
+            model.add(starts[after] >= starts[before] + (length[before] + int(delay_us / grain_us)))
         for row in intervals:
             model.add_no_overlap(row)
         if problem.capacity_bytes is not None:
             for rank in range(problem.num_ranks):
                 self._add_memory(rank, length, horizon)
 
-        cost = self._cost = model.new_int_var(-(-bound.value_us // unit), upper, "cost")
+        cost = self._cost = model.new_int_var(floor(bound.value_us / grain_us), upper, "cost")
         for stages in problem.stages_of_rank:
             begin = starts["F", stages[0], 0] if span else 0
             for s in stages:
@@ -139,13 +163,13 @@ class _Model:
                 model.add(cost >= starts[last] + length[last] - begin)
         model.minimize(cost)
 
-        hints = starts_us(problem, hint)
+        hints = {key: start / grain_us for key, start in starts_us(problem, hint).items()}
         shift = 0
         if span:
             model.add(starts["F", num_stages - 1, 0] == upper)
-            shift = upper * unit - hints["F", num_stages - 1, 0]
+            shift = upper - floor(hints["F", num_stages - 1, 0])
         for key, start in starts.items():
-            model.add_hint(start, (hints[key] + shift) // unit)
+            model.add_hint(start, floor(hints[key]) + shift)
         model.add_hint(cost, upper)
 
     def _add_memory(self, rank: int, length: dict[Key, int], horizon: int) -> None:
@@ -175,9 +199,20 @@ class _Model:
             rows.append(model.new_interval_var(start, model.new_int_var(0, horizon, ""), end, ""))
         model.add_cumulative(rows, [size // unit for _, _, size in held], capacity // unit)
 
-    def value_us(self, value: float) -> int:
-        """An objective value of the model in µs."""
-        return round(value) * self._unit_us
+    def cost_us(self, value: float) -> int:
+        """What an answer with this objective value costs at most."""
+        return ceil(round(value) * self._grain_us)
+
+    def least_us(self, value: float) -> int:
+        """What every order costs at least if none on the grid is below this objective value.
+
+        An order between two points of a coarse grid would cost a multiple of (the unit of all times) / k, k ≤ p.
+        """
+        if self.problem.objective == "makespan" or self._grain_us <= 1:
+            return self.cost_us(value)
+        if self._grain_us < time_unit_us(self.problem):
+            return self.cost_us(value)
+        return ceil((round(value) - 1 + Fraction(1, self.problem.num_ranks)) * self._grain_us)
 
     def order(self, solver: Any) -> Order:
         """The order of the solver's answer."""
@@ -201,7 +236,7 @@ def _run(
 
     class Callback(cp_model.CpSolverSolutionCallback):
         def on_solution_callback(self) -> None:  # what the base class calls
-            value, lower = model.value_us(self.objective_value), model.value_us(self.best_objective_bound)
+            value, lower = model.cost_us(self.objective_value), model.least_us(self.best_objective_bound)
             news.put(Event(CpSat.name, time.monotonic() - began, value, lower))
 
     solver = cp_model.CpSolver()
