@@ -1,0 +1,91 @@
+"""No order, found by brute force, ever beats a bound; and each bound is decisive somewhere."""
+
+import pytest
+from hypothesis import given, settings
+from pipeline_cases import ZOO, even, problems, zero_bubble_profile
+from pipeline_oracle import optimum_us
+
+from solvers.bounds import (
+    Bound,
+    best_bound,
+    chain_bound_us,
+    head_tail_bound_us,
+    memory_energy_bound_us,
+    work_bound_us,
+)
+
+ALL_BOUNDS = (work_bound_us, head_tail_bound_us, memory_energy_bound_us, chain_bound_us)
+
+
+@given(problems())
+@settings(derandomize=True, deadline=None, max_examples=300)
+def test_no_order_beats_any_bound(problem):
+    optimum = optimum_us(problem)
+    if optimum is not None:
+        found = {bound.__name__: bound(problem) for bound in ALL_BOUNDS}
+        assert all(value <= optimum for value in found.values()), f"optimum {optimum}, bounds {found}"
+
+
+@pytest.mark.parametrize("name", [name for name, (_, optimum) in ZOO.items() if optimum is not None])
+def test_no_bound_exceeds_a_known_optimum(name):
+    problem, optimum = ZOO[name]
+    for bound in ALL_BOUNDS:
+        assert bound(problem) <= optimum, bound.__name__
+
+
+def test_head_and_tail_prove_zb_h1_optimal_on_the_published_profile():
+    problem = zero_bubble_profile()
+    work = 24 * (18522 + 18086 + 9337)
+    head = 7 * 18086 + 14 * 601
+    tail = 7 * (18522 - 9337) + 14 * 601
+    assert head_tail_bound_us(problem) == work + head + tail == 1310405
+    assert best_bound(problem) == Bound(1310405, "head-tail")
+    assert round(1 - work / 1310405, 4) == 0.1585  # the published rate of ZB-H1 and ZB-1p
+
+
+@pytest.mark.parametrize(
+    ("setting", "rate"), [("1.5b-m24", 0.1585), ("1.5b-m64", 0.0674), ("6.2b-m24", 0.1323), ("6.2b-m32", 0.1045)]
+)
+def test_the_published_zb_1p_rates_cannot_be_beaten(setting, rate):
+    problem = zero_bubble_profile(setting)
+    assert round(1 - max(problem.work_us) / best_bound(problem).value_us, 4) == rate
+
+
+def test_with_memory_for_two_pipelines_the_chain_proves_the_published_zb_2p_rate():
+    problem = zero_bubble_profile(memory=32)
+    bound = best_bound(problem)
+    assert bound.kind == "chain"
+    assert round(1 - max(problem.work_us) / bound.value_us, 4) == 0.0433
+
+
+def test_half_the_memory_is_bounded_by_energy():
+    problem = zero_bubble_profile("1.5b-m64", memory=8)
+    bound = best_bound(problem)
+    assert bound.kind == "memory-energy"
+    assert round(1 - max(problem.work_us) / bound.value_us, 3) == 0.419
+
+
+def test_memory_that_is_no_multiple_of_a_microbatch_counts_as_the_multiple_below():
+    exact, more = even(4, 12, memory=2 * 10, held=10, kept=0), even(4, 12, memory=2 * 10 + 9, held=10, kept=0)
+    assert memory_energy_bound_us(exact) == memory_energy_bound_us(more)
+
+
+def test_the_work_bound_of_the_makespan_includes_the_way_to_the_rank():
+    problem = even(3, 4, 2, 3, 1, 5, objective="makespan")
+    assert work_bound_us(problem) == 4 * 6 + 2 * (2 + 5)
+
+
+def test_fused_stages_are_bounded_by_the_classical_bubble():
+    problem = even(4, 8, split=False, objective="makespan")
+    assert best_bound(problem).value_us == (8 + 4 - 1) * 3
+
+
+def test_bounds_of_several_chunks_use_the_first_microbatch_that_comes_back_to_the_rank():
+    vee = even(2, 1, rank_of_stage=(0, 1, 1, 0))
+    assert best_bound(vee).value_us == 9
+
+
+def test_huge_problems_are_still_bounded_quickly():
+    problem = even(64, 2048, 3, 3, 2, 1, memory=300)
+    assert chain_bound_us(problem) == 0  # too large for this one
+    assert best_bound(problem).value_us >= 2048 * 8
