@@ -1,11 +1,11 @@
-"""A brute-force oracle for tiny pipeline problems. Shares no code with scoring, bounds or search: only the problem's fields.
+"""A brute-force oracle for tiny pipeline problems: shares the problem's fields, and no code, with scoring and search.
 
 Every complete order of every rank that respects what the rank itself can see (precedence among its own ops, memory),
 combined over the ranks, timed by relaxing start times until nothing moves. By default F, B and W of a stage run in
 microbatch order; `any_microbatch_order` drops that, which tests that nothing is lost by it.
 """
 
-from itertools import product
+from itertools import pairwise, product
 
 
 def optimum_us(problem, *, any_microbatch_order=False):
@@ -114,7 +114,7 @@ def _cost_us(problem, order, limit):
     """Cost of an order, None if it deadlocks or costs more than the limit."""
     arcs = []  # (before, after, least distance between starts)
     for ops in order:
-        for a, b in zip(ops, ops[1:], strict=False):
+        for a, b in pairwise(ops):
             arcs.append((a, b, _duration(problem, a)))
         for op in ops:
             for needed, delay in _needs(problem, op):

@@ -76,6 +76,7 @@ def problems(draw):
         in_flight=tuple(draw(st.integers(1, 3)) for _ in range(num_stages)),
         weight_activation_bytes=draw(layers),
         weights_in_flight=tuple(draw(st.integers(0, 2)) for _ in range(num_stages)),
+        temporary_bytes=draw(layers),
         capacity_bytes=tuple(draw(st.integers(0, 30)) for _ in range(num_ranks)) if limited else None,
         rank_of_stage=shared,
     )
@@ -86,7 +87,7 @@ def enumerated(problem):
     best = None
     for cuts in combinations(range(1, problem.num_layers), problem.num_stages - 1):
         bounds = (0, *cuts, problem.num_layers)
-        loads, used = {}, {}
+        loads, used, temporary = {}, {}, {}
         for stage in range(problem.num_stages):
             rank = problem.rank_of_stage[stage]
             for layer in range(bounds[stage], bounds[stage + 1]):
@@ -94,7 +95,10 @@ def enumerated(problem):
                 size = problem.static_bytes[layer] + problem.in_flight[stage] * problem.activation_bytes[layer]
                 size += problem.weights_in_flight[stage] * problem.weight_activation_bytes[layer]
                 used[rank] = used.get(rank, 0) + size
-        fits = problem.capacity_bytes is None or all(used[r] <= problem.capacity_bytes[r] for r in used)
+                temporary[rank] = max(temporary.get(rank, 0), problem.temporary_bytes[layer])
+        fits = problem.capacity_bytes is None or all(
+            used[rank] + temporary[rank] <= problem.capacity_bytes[rank] for rank in used
+        )
         if fits and (best is None or max(loads.values()) < best):
             best = max(loads.values())
     return best
@@ -121,6 +125,7 @@ def test_the_chain_solver_agrees_with_enumeration(problem):
         problem.in_flight[: problem.num_ranks],
         problem.weight_activation_bytes,
         problem.weights_in_flight[: problem.num_ranks],
+        problem.temporary_bytes,
         problem.capacity_bytes,
         tuple(range(problem.num_ranks)),
     )
@@ -137,9 +142,7 @@ def test_equal_bottlenecks_are_cut_evenly():
 
 def test_llama_405b_on_16_ranks_is_cut_by_all_backends_alike():
     times = (120, *[19_000] * 126, 9_500)
-    problem = StagePartition(
-        times, 16, (5,) * 128, (2,) * 128, tuple(range(16, 0, -1)), capacity_bytes=(16 * 30,) * 16
-    )
+    problem = StagePartition(times, 16, (5,) * 128, (2,) * 128, tuple(range(16, 0, -1)), capacity_bytes=(16 * 30,) * 16)
     chain, cp_sat = solve_partition(problem), solve_partition(problem, solver="cp-sat", time_limit_s=60)
     assert chain.status is cp_sat.status is Status.OPTIMAL
     assert chain.bottleneck_us == cp_sat.bottleneck_us

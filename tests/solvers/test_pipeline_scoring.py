@@ -1,6 +1,7 @@
 """Scoring an order: times, memory, refusals, against hand-made cases and a naive oracle."""
 
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -81,9 +82,9 @@ def test_memory_follows_the_order(held, kept, peak):
     problem = even(1, 2, held=held, kept=kept)
     score = problem.evaluate(order_of("F0.0 F0.1 B0.0 W0.0 B0.1 W0.1"))
     assert score.peak_bytes == (peak,)
-    assert not even(1, 2, held=held, kept=kept, memory=peak - 1).evaluate(
-        order_of("F0.0 F0.1 B0.0 W0.0 B0.1 W0.1")
-    ).fits
+    assert (
+        not even(1, 2, held=held, kept=kept, memory=peak - 1).evaluate(order_of("F0.0 F0.1 B0.0 W0.0 B0.1 W0.1")).fits
+    )
 
 
 def test_a_fused_backward_gives_everything_back_at_its_end():
@@ -109,8 +110,14 @@ def test_bubble_rates_compare_with_the_busiest_rank():
         (("F0.0 B0.0 W0.0", "F1.0 B1.0 W1.1"), "rank 1, step 2: W1.1 does not exist, there are 2 stages and 1 micro"),
         (("F0.0 B0.0 W0.0", "F1.0 BW1.0"), "rank 1, step 1: stage 1 runs F, B, W, not BW"),
         (("F0.0 F1.0 B0.0 W0.0", "B1.0 W1.0"), "rank 0, step 1: F1.0 belongs to rank 1, which hosts stage 1"),
-        (("B0.0 F0.0 W0.0", "F1.0 B1.0 W1.0"), "deadlocks: rank 0, step 0: B0.0 waits for F0.0, which is step 1 of rank 0"),
-        (("F0.0 W0.0 B0.0", "F1.0 B1.0 W1.0"), "deadlocks: rank 0, step 1: W0.0 waits for B0.0, which is step 2 of rank 0"),
+        (
+            ("B0.0 F0.0 W0.0", "F1.0 B1.0 W1.0"),
+            "deadlocks: rank 0, step 0: B0.0 waits for F0.0, which is step 1 of rank 0",
+        ),
+        (
+            ("F0.0 W0.0 B0.0", "F1.0 B1.0 W1.0"),
+            "deadlocks: rank 0, step 1: W0.0 waits for B0.0, which is step 2 of rank 0",
+        ),
     ],
 )
 def test_an_order_that_is_none_is_refused_with_rank_and_op(lines, message):
@@ -177,7 +184,7 @@ def _check_timing(problem, order, score):
     for ops, row in zip(order, score.starts_us, strict=True):
         for op, at in zip(ops, row, strict=True):
             start[op], end[op] = at, at + problem.duration_us(op.kind, op.stage)
-        assert all(end[a] <= start[b] for a, b in zip(ops, ops[1:], strict=False))
+        assert all(end[a] <= start[b] for a, b in pairwise(ops))
     for op, at in start.items():
         if op.kind == "F" and op.stage:
             assert at >= end["F", op.stage - 1, op.microbatch] + problem.transfer_us[op.stage - 1]
