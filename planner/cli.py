@@ -271,9 +271,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Train as planned, here, under torchrun: losses, and measured against predicted."""
-    from planner.api import load_plan
+    from planner.api import validate as load
 
-    loaded = load_plan(plan_file)
+    loaded = load(plan_file)
     if trace is not None:
         _check_writable(trace)
     launch = _torch_part("planner.executor.launch")

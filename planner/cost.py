@@ -1,16 +1,19 @@
 """The price of a layout: stage costs, transfers, data-parallel traffic, and a floor under all of it.
 
 step time = pipeline (simulated, transfers included) + exposed data-parallel traffic + optimizer step.
-Data-parallel reduction starts when a rank's last action has ended, so all of it is exposed: that is what the bundled
+Data-parallel reduction starts when the whole pipeline has ended, so all of it is exposed: close to what the bundled
 executor does, and an upper bound for engines that overlap it.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.layout import Candidate
 from planner.memory import GRADIENT_BYTES
@@ -19,9 +22,12 @@ from profiles.cluster import Cluster, DeviceSpec, Link, NodeGroup
 from profiles.model import BYTES_PER_ELEMENT, Dtype, LayerProfile, MeasuredLinks
 
 
-def slowest_group(cluster: Cluster) -> NodeGroup:
-    """The group whose devices set the pace when every stage must run anywhere: least peak, then least memory."""
-    return min(cluster.groups, key=lambda g: (max(g.device.peak_flops.values()), g.device.memory_bytes))
+def slowest_group(cluster: Cluster, dtype: Dtype) -> NodeGroup:
+    """The group whose devices set the pace when any stage may run anywhere: least achievable FLOP/s in `dtype`."""
+    return min(
+        cluster.groups,
+        key=lambda g: (g.device.peak_flops.get(dtype, 0.0) * g.device.matmul_efficiency, g.device.memory_bytes),
+    )
 
 
 def smallest_device(cluster: Cluster) -> DeviceSpec:
@@ -29,54 +35,78 @@ def smallest_device(cluster: Cluster) -> DeviceSpec:
     return min((group.device for group in cluster.groups), key=lambda device: device.memory_bytes)
 
 
-@dataclass(frozen=True)
-class Network:
-    """Links as one layout sees them: ranks are laid out tp fastest, then dp, then pp."""
+def narrower(links: Iterable[Link]) -> Link:
+    """The link that gives the least to large transfers."""
+    return min(links, key=lambda link: (link.bandwidth_bytes_per_s * link.efficiency, -link.latency_us))
 
-    cluster: Cluster
-    measured: MeasuredLinks | None = None
+
+class Network:
+    """Links as one layout sees them: global ranks are devices in order, tp fastest, then dp, then pp.
+
+    `measured` links, where a profile has them, stand for every link.
+    """
+
+    def __init__(self, cluster: Cluster, measured: MeasuredLinks | None = None) -> None:
+        self.cluster, self.measured = cluster, measured
+        self._nodes = np.array(cluster.node_of_device)
+        self._links: dict[tuple[str, int, int, int], Link] = {}
 
     def tensor_parallel(self) -> Link:
-        """Between the devices of a tensor-parallel group."""
-        return min((g.intra_node for g in self.cluster.groups), key=lambda link: link.bandwidth_bytes_per_s)
+        """Between the devices of a tensor-parallel group, which stays inside a node."""
+        return narrower(group.intra_node for group in self.cluster.groups)
 
     def pipeline(self, candidate: Candidate) -> Link:
         """Between neighbouring pipeline ranks: the worst link that any pair of neighbours has."""
-        if self.measured is not None:
-            return self.measured.point_to_point
-        stride = candidate.tp * candidate.dp
-        node_size = min(group.devices_per_node for group in self.cluster.groups)
-        if stride * candidate.pp <= node_size:
-            return self.tensor_parallel()
-        last = self.cluster.num_devices - 1
-        return self.cluster.link_between(0, last) if self.cluster.inter_pod else self.cluster.inter_node
+        return self._cached("pipeline", candidate, self._pipeline)
 
     def data_parallel(self, candidate: Candidate) -> Link:
-        """What one device of a data-parallel group gets out of a ring over the whole group.
+        """What one device gets out of a ring over its data-parallel group, in the worst of all groups.
 
-        A group with k members in each node it touches runs k rings, one per network card, so it gets k times a
-        card's bandwidth, up to the bandwidth inside the node.
+        A group with k members in a node runs k rings, one per network card, so it gets k times a card's bandwidth, up
+        to the bandwidth inside the node; the node with the fewest members sets the pace.
         """
+        return self._cached("data", candidate, self._data_parallel)
+
+    def _cached(self, kind: str, candidate: Candidate, find: Callable[[Candidate], Link]) -> Link:
         if self.measured is not None:
-            return self.measured.all_reduce
+            return self.measured.point_to_point if kind == "pipeline" else self.measured.all_reduce
+        key = (kind, candidate.tp, candidate.pp, candidate.dp)
+        if key not in self._links:
+            self._links[key] = find(candidate)
+        return self._links[key]
+
+    def _grid(self, candidate: Candidate) -> NDArray[np.int64]:
+        """The node of every device, shape (pp, dp, tp)."""
+        return self._nodes.reshape(candidate.pp, candidate.dp, candidate.tp)
+
+    def _pods(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        return nodes // (self.cluster.nodes_per_pod or self.cluster.num_nodes)
+
+    def _outside(self, *, leaves_pod: bool) -> Link:
+        inter_pod = self.cluster.inter_pod
+        return narrower((self.cluster.inter_node, inter_pod)) if leaves_pod and inter_pod else self.cluster.inter_node
+
+    def _pipeline(self, candidate: Candidate) -> Link:
+        nodes = self._grid(candidate)
         inside = self.tensor_parallel()
-        node_size = min(group.devices_per_node for group in self.cluster.groups)
-        if candidate.tp * candidate.dp <= node_size:
+        if bool((nodes[1:] == nodes[:-1]).all()):
             return inside
-        members_per_node = max(1, node_size // candidate.tp)
-        outside = self.cluster.inter_pod if self._leaves_pod(candidate) else self.cluster.inter_node
-        assert outside is not None
+        pods = self._pods(nodes)
+        return narrower((inside, self._outside(leaves_pod=bool((pods[1:] != pods[:-1]).any()))))
+
+    def _data_parallel(self, candidate: Candidate) -> Link:
+        inside = self.tensor_parallel()
+        groups = np.unique(self._grid(candidate)[:, :, 0], axis=0)  # devices of one tensor-parallel group share a node
+        spread = [group for group in groups if group[0] != group[-1]]
+        if not spread:
+            return inside
+        outside = self._outside(leaves_pod=any(np.ptp(self._pods(group[[0, -1]])) for group in spread))
+        fewest = min(int(np.unique(group, return_counts=True)[1].min()) for group in spread)
         bandwidth = min(
             inside.bandwidth_bytes_per_s * inside.efficiency,
-            members_per_node * outside.bandwidth_bytes_per_s * outside.efficiency,
+            fewest * outside.bandwidth_bytes_per_s * outside.efficiency,
         )
         return Link(bandwidth_bytes_per_s=bandwidth, latency_us=outside.latency_us)
-
-    def _leaves_pod(self, candidate: Candidate) -> bool:
-        if self.cluster.nodes_per_pod is None:
-            return False
-        nodes = {self.cluster.node_of_device[rank] for rank in range(candidate.tp * candidate.dp)}
-        return max(nodes) // self.cluster.nodes_per_pod > 0
 
 
 def stage_costs(
@@ -176,8 +206,8 @@ class StepFloor:
         With one chunk per rank, rank r cannot start before the first microbatch has passed the stages before it, and
         then has m microbatches to do; with fused backwards the last one still has to go back through those stages.
         So makespan ≥ head(c_r) + m · work(c_r, c_{r+1}) for every r and the cuts c. Least over all cuts: with a
-        deadline M, let each rank in turn take as many layers as fit; that is optimal because m · work of a layer is
-        at least its share of the head, so a later cut never hurts the ranks behind it. M by bisection.
+        deadline M, let each rank in turn take as many layers as fit; that is optimal because m · (F + backward) of a
+        layer is at least its share of the head, so a later cut never hurts the ranks behind it. M by bisection.
 
         With several chunks per rank, rank r > 0 waits for the first chunks of r ranks, all but the very first with a
         block each at least (`head`), and the average over the ranks is a bound: m · work / p + mean of the heads.

@@ -6,7 +6,7 @@ A candidate fixes everything but the cut into stages and the order of actions. A
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from planner.errors import LayoutError
 from planner.plans import ZeroStage
@@ -33,8 +33,12 @@ class Pins:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "micro_batch_size", "virtual_stages"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise LayoutError(f"{name}={value}: degrees and sizes are whole numbers from 1")
+        for name, known in (("zero_stage", get_args(ZeroStage)), ("recompute", get_args(Recompute))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise LayoutError(f"{name}={value} is not known; choose one of {', '.join(map(str, known))}")
 
     @property
     def any(self) -> bool:
@@ -83,25 +87,50 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def tensor_parallel_obstacle(spec: ModelSpec, tp: int) -> str | None:
-    """Why `tp` cannot divide this model, or None if it can."""
+def tensor_parallel_obstacle(spec: ModelSpec, tp: int, sequence_length: int) -> str | None:
+    """Why `tp` cannot divide this model at this sequence length, or None if it can."""
     if spec.num_heads % tp:
         return f"tp={tp} does not divide num_heads={spec.num_heads}"
     if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
         return f"tp={tp} and num_kv_heads={spec.num_kv_heads}: neither divides the other"
-    width = spec.ffn_size if spec.moe is None else spec.moe.expert_ffn_size
-    if width % tp:
-        return f"tp={tp} does not divide the feed-forward width {width}"
+    widths = [] if spec.moe is not None and spec.moe.num_dense_layers == 0 else [spec.ffn_size]
+    if spec.moe is not None:
+        widths.append(spec.moe.expert_ffn_size)
+    for width in widths:
+        if width % tp:
+            return f"tp={tp} does not divide the feed-forward width {width}"
+    if sequence_length % tp:
+        return f"tp={tp} does not divide the sequence length {sequence_length} (sequence parallelism cuts it)"
     return None
 
 
-def check_pins(spec: ModelSpec, cluster: Cluster, global_batch_size: int, pins: Pins, num_layers: int) -> None:
+@dataclass(frozen=True)
+class Dimensions:
+    """What a layout has to divide."""
+
+    spec: ModelSpec
+    cluster: Cluster
+    global_batch_size: int
+    sequence_length: int
+    num_layers: int  # embedding and head included
+    micro_batch_sizes: tuple[int, ...] = MICRO_BATCH_SIZES
+
+    def node_obstacle(self, tp: int) -> str | None:
+        """Why tensor parallelism of this degree would leave a node, or None."""
+        sizes = {group.devices_per_node for group in self.cluster.groups}
+        wrong = [size for size in sizes if size % tp]
+        return None if not wrong else f"tp={tp} does not divide the {wrong[0]} devices of a node"
+
+
+def check_pins(dims: Dimensions, pins: Pins) -> None:
     """Refuse pins that no layout can satisfy; LayoutError says which numbers disagree."""
-    devices = cluster.num_devices
+    spec, cluster, devices = dims.spec, dims.cluster, dims.cluster.num_devices
     if pins.tp is not None:
-        obstacle = tensor_parallel_obstacle(spec, pins.tp)
+        obstacle = tensor_parallel_obstacle(spec, pins.tp, dims.sequence_length)
         if obstacle:
-            fitting = [d for d in divisors(spec.num_heads) if tensor_parallel_obstacle(spec, d) is None]
+            fitting = [
+                d for d in divisors(spec.num_heads) if tensor_parallel_obstacle(spec, d, dims.sequence_length) is None
+            ]
             shown = ", ".join(map(str, fitting[:12]))
             raise LayoutError(f"{obstacle} of model {spec.name!r}; degrees that do: {shown}")
     product = (pins.tp or 1) * (pins.pp or 1) * (pins.dp or 1)
@@ -116,88 +145,71 @@ def check_pins(spec: ModelSpec, cluster: Cluster, global_batch_size: int, pins: 
             f"layout {named} does not divide the {devices} devices of cluster {cluster.name!r}; "
             f"choose degrees whose product divides {devices}"
         )
-    stages = (pins.pp or 1) * (pins.virtual_stages or 1)
-    if stages > num_layers:
+    if pins.tp is not None and dims.node_obstacle(pins.tp):
         raise LayoutError(
-            f"pp={pins.pp or 1} × virtual_stages={pins.virtual_stages or 1} makes {stages} stages, but model "
-            f"{spec.name!r} has {num_layers} layers, embedding and head included; use at most {num_layers}"
+            f"{dims.node_obstacle(pins.tp)} of cluster {cluster.name!r}; tensor parallelism stays inside a node, "
+            "choose a degree that divides it"
         )
-    if pins.dp is not None and global_batch_size % pins.dp:
+    pp = pins.pp if pins.pp or None in (pins.tp, pins.dp) else devices // product
+    dp = pins.dp if pins.dp or None in (pins.tp, pins.pp) else devices // product
+    if pp == 1 and (pins.virtual_stages or 1) > 1:
         raise LayoutError(
-            f"dp={pins.dp} does not divide global batch size {global_batch_size}; "
-            f"choose a batch that is a multiple of {pins.dp}"
+            f"pp=1 with virtual_stages={pins.virtual_stages}: one rank has no use for chunks; pin one only"
         )
-    per_step = (pins.dp or 1) * (pins.micro_batch_size or 1)
-    if global_batch_size % per_step:
+    stages = (pp or 1) * (pins.virtual_stages or 1)
+    if stages > dims.num_layers:
         raise LayoutError(
-            f"dp={pins.dp or 1} × micro_batch_size={pins.micro_batch_size or 1} is {per_step}, which does not divide "
-            f"global batch size {global_batch_size}"
+            f"pp={pp or 1} × virtual_stages={pins.virtual_stages or 1} makes {stages} stages, but model "
+            f"{spec.name!r} has {dims.num_layers} layers, embedding and head included; use at most {dims.num_layers}"
+        )
+    per_step = (dp or 1) * (pins.micro_batch_size or 1)
+    if dims.global_batch_size % per_step:
+        raise LayoutError(
+            f"dp={dp or 1} × micro_batch_size={pins.micro_batch_size or 1} is {per_step}, which does not divide "
+            f"global batch size {dims.global_batch_size}; choose a batch that is a multiple of {per_step}"
         )
 
 
-def enumerate_space(
-    spec: ModelSpec,
-    cluster: Cluster,
-    *,
-    global_batch_size: int,
-    num_layers: int,
-    pins: Pins,
-    micro_batch_sizes: tuple[int, ...] = MICRO_BATCH_SIZES,
-) -> Space:
-    """Every candidate that divides; LayoutError if the pins alone rule all of them out.
-
-    `num_layers` counts embedding and head. Tensor parallelism stays inside a node unless it is pinned wider.
-    """
-    check_pins(spec, cluster, global_batch_size, pins, num_layers)
+def enumerate_space(dims: Dimensions, pins: Pins) -> Space:
+    """Every candidate that divides; LayoutError if the pins alone rule all of them out."""
+    check_pins(dims, pins)
     dropped: Counter[str] = Counter()
-    candidates = tuple(_candidates(spec, cluster, global_batch_size, num_layers, pins, micro_batch_sizes, dropped))
+    candidates = tuple(
+        candidate
+        for tp, pp, dp in _degrees(dims, pins, dropped)
+        for candidate in _with_these_degrees(dims, pins, dropped, tp, pp, dp)
+    )
     return Space(candidates, dict(dropped))
 
 
-def _candidates(
-    spec: ModelSpec,
-    cluster: Cluster,
-    global_batch_size: int,
-    num_layers: int,
-    pins: Pins,
-    micro_batch_sizes: tuple[int, ...],
-    dropped: Counter[str],
-) -> Iterator[Candidate]:
-    node_size = min(group.devices_per_node for group in cluster.groups)
-    for tp in [pins.tp] if pins.tp else divisors(cluster.num_devices):
-        if tp > node_size and not pins.tp:
+def _degrees(dims: Dimensions, pins: Pins, dropped: Counter[str]) -> Iterator[tuple[int, int, int]]:
+    devices = dims.cluster.num_devices
+    for tp in [pins.tp] if pins.tp else divisors(devices):
+        if dims.node_obstacle(tp):
             dropped["tensor parallelism would leave the node"] += 1
             continue
-        if tensor_parallel_obstacle(spec, tp):
-            dropped["tp does not divide heads or feed-forward width"] += 1
+        if tensor_parallel_obstacle(dims.spec, tp, dims.sequence_length):
+            dropped["tp does not divide heads, widths or sequence"] += 1
             continue
-        for pp in [pins.pp] if pins.pp else divisors(cluster.num_devices // tp):
-            if cluster.num_devices % (tp * pp):
+        for pp in [pins.pp] if pins.pp else divisors(devices // tp):
+            if devices % (tp * pp):
                 continue
-            dp = cluster.num_devices // (tp * pp)
+            dp = devices // (tp * pp)
             if pins.dp not in (None, dp):
                 continue
-            if pp > num_layers:
+            if pp > dims.num_layers:
                 dropped["more pipeline ranks than layers"] += 1
-                continue
-            if global_batch_size % dp:
+            elif dims.global_batch_size % dp:
                 dropped["dp does not divide the global batch size"] += 1
-                continue
-            yield from _inner(tp, pp, dp, global_batch_size, num_layers, pins, micro_batch_sizes, dropped)
+            else:
+                yield tp, pp, dp
 
 
-def _inner(
-    tp: int,
-    pp: int,
-    dp: int,
-    global_batch_size: int,
-    num_layers: int,
-    pins: Pins,
-    micro_batch_sizes: tuple[int, ...],
-    dropped: Counter[str],
+def _with_these_degrees(
+    dims: Dimensions, pins: Pins, dropped: Counter[str], tp: int, pp: int, dp: int
 ) -> Iterator[Candidate]:
-    per_replica = global_batch_size // dp
-    sizes = (pins.micro_batch_size,) if pins.micro_batch_size else micro_batch_sizes
+    per_replica = dims.global_batch_size // dp
+    sizes = (pins.micro_batch_size,) if pins.micro_batch_size else dims.micro_batch_sizes
     chunk_counts = (pins.virtual_stages,) if pins.virtual_stages else VIRTUAL_STAGES
     zero_stages: tuple[ZeroStage, ...] = (0, 1) if dp > 1 else (0,)
     recomputes: tuple[Recompute, ...] = ("none", "full")
@@ -209,7 +221,7 @@ def _inner(
             if chunks > 1 and pp == 1:
                 dropped["virtual stages without a pipeline"] += 1
                 continue
-            if pp * chunks > num_layers:
+            if pp * chunks > dims.num_layers:
                 dropped["more stages than layers"] += 1
                 continue
             for zero in zero_stages if pins.zero_stage is None else (pins.zero_stage,):

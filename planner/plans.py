@@ -3,14 +3,13 @@
 Everything a training job needs is inside: no catalogue, profile or cluster file has to be there when it runs.
 """
 
-from functools import cached_property
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from planner.errors import PlanError, ScheduleError
 from planner.schedule.actions import Schedule
-from profiles.facts import Bytes, Count, Facts, NonNegative
+from profiles.facts import Bytes, Count, Facts, NonNegative, NonNegativeCount
 from profiles.model import Dtype, ModelSpec, Recompute
 
 ZeroStage = Literal[0, 1]
@@ -33,8 +32,8 @@ class Layout(Facts):
     zero_stage: ZeroStage = 0
     recompute: Recompute = "none"
     layers_per_stage: tuple[Count, ...]  # shape (pp × virtual_stages,), embedding and head counted as layers
-    rank_of_stage: tuple[int, ...]  # placement, shape (pp × virtual_stages,)
-    devices: tuple[int, ...]  # device index in the cluster of every global rank, shape (num_devices,)
+    rank_of_stage: tuple[NonNegativeCount, ...]  # placement, shape (pp × virtual_stages,)
+    devices: tuple[NonNegativeCount, ...]  # device index in the cluster of every global rank, shape (num_devices,)
 
     @property
     def num_devices(self) -> int:
@@ -64,6 +63,10 @@ class Layout(Facts):
                 )
         if set(self.rank_of_stage) != set(range(self.pp)):
             raise ValueError(f"rank_of_stage {self.rank_of_stage} does not use exactly the ranks 0..{self.pp - 1}")
+        if self.cp != 1 or self.ep != 1:
+            raise ValueError(
+                f"cp={self.cp} ep={self.ep}: context and expert parallelism are not planned yet, both are 1"
+            )
         if len(self.devices) != self.num_devices or len(set(self.devices)) != self.num_devices:
             raise ValueError(f"devices names {len(set(self.devices))} devices, the degrees need {self.num_devices}")
         return self
@@ -133,13 +136,16 @@ class Certificate(Facts):
     gap: NonNegative
     status: Literal["optimal", "feasible"]
     schedule_solver: str  # who made the schedule
-    schedule_lower_bound_us: NonNegative  # on the pipeline time of this layout alone
-    num_candidates: int
-    num_infeasible: int
-    num_pruned: int
-    num_evaluated: int
-    infeasible_reasons: dict[str, int]
-    interrupted: bool = False
+    schedule_lower_bound_us: NonNegative  # on the pipeline time of this cut alone, any order
+    num_candidates: NonNegativeCount  # = refused + evaluated + pruned + unreached
+    num_evaluated: NonNegativeCount
+    num_overflowing: NonNegativeCount  # of those evaluated: proven not to fit
+    num_pruned: NonNegativeCount  # by their floor
+    num_unreached: NonNegativeCount  # when time ran out; their floors count in the bound
+    refused: dict[str, int]  # candidates without a price, by reason
+    dropped: dict[str, int]  # degrees outside the space, by reason
+    interrupted: bool
+    limited_by_time: bool  # another run may end elsewhere
     seconds: NonNegative
     seed: int
     time_limit_s: NonNegative
@@ -204,7 +210,7 @@ class Plan(Facts):
                 raise ValueError(f"{name} has {len(rows)} rows, the layout has {layout.pp} pipeline ranks")
         return self
 
-    @cached_property
+    @property
     def parsed_schedule(self) -> Schedule:
         """The schedule as actions; PlanError if its text cannot be read."""
         try:

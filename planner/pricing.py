@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from planner.cost import Network, StepFloor, data_parallel_us, optimizer_us, smallest_device, stage_costs
 from planner.layout import Candidate
-from planner.memory import capacity_bytes, model_state_bytes, rank_memory
+from planner.memory import buffer_bytes, capacity_bytes, model_state_bytes, num_neighbours, rank_memory
 from planner.plans import RankMemory, StageCosts
 from planner.schedule.actions import Schedule
 from planner.schedule.families import Family
@@ -20,6 +20,7 @@ from planner.schedule.simulation import Timeline, simulate
 from planner.scheduling import pipeline_problem
 from profiles.cluster import Cluster
 from profiles.model import Dtype, LayerProfile, ModelProfile
+from solvers.bounds import best_bound
 from solvers.partition import PartitionSolution, StagePartition, solve_partition
 from solvers.pipeline import PipelineSolution
 from solvers.registry import solve_pipeline
@@ -68,7 +69,6 @@ class PricedLayout:
     memory: tuple[RankMemory, ...]
     data_parallel_us: float
     optimizer_us: float
-    schedule_lower_bound_us: float  # 0 where nobody looked for one
 
     @property
     def candidate(self) -> Candidate:
@@ -118,22 +118,29 @@ class Pricer:
         self,
         candidate: Candidate,
         layers: Sequence[LayerProfile],
+        placement: tuple[int, ...],
         held: Sequence[tuple[int, int]],
         *,
         splits_backward: bool,
-        shared: tuple[int, ...] | None = None,
-        keeps_room: bool = True,
+        shares_ranks: bool = False,
         time_limit_s: float = 10.0,
+        seed: int = 0,
     ) -> PartitionSolution:
         """Cut the layers into stages by integer program, least bottleneck first.
 
-        `held[s]` is how many microbatches stage s holds between F and B, and between B and W, at its fullest. The
-        chunks of a rank get equal parts of its memory, or, with the placement in `shared`, share it as they like.
-        With `keeps_room`, every rank keeps room for the largest transients and boundary tensors of the whole model; its
-        own may be smaller, so only what is infeasible without it is proven not to fit.
+        `held[s]` is how many microbatches stage s holds between F and B, and between B and W, at its fullest. With
+        `shares_ranks` the chunks of a rank share its memory as they like; else each chunk gets an equal part.
         """
-        overhead = max(layer.temporary_bytes for layer in layers) + 4 * max(layer.output_bytes for layer in layers)
-        room, chunks = self.capacity_bytes - (overhead if keeps_room else 0), candidate.virtual_stages
+        chunks = candidate.virtual_stages
+        temporaries = tuple(layer.temporary_bytes for layer in layers)
+        boundary = max((layer.output_bytes for layer in layers[:-1]), default=0)
+        room = [
+            self.capacity_bytes - buffer_bytes(boundary, num_neighbours(placement, rank))
+            for rank in range(candidate.pp)
+        ]
+        separate = chunks > 1 and not shares_ranks
+        if separate:
+            room = [(room[rank] - max(temporaries)) // chunks for rank in placement]
         problem = StagePartition(
             times_us=tuple(round(_work_us(layer, splits_backward)) for layer in layers),
             num_stages=candidate.num_stages,
@@ -142,10 +149,11 @@ class Pricer:
             in_flight=tuple(forwards for forwards, _ in held),
             weight_activation_bytes=tuple(layer.weight_activation_bytes for layer in layers),
             weights_in_flight=tuple(weights for _, weights in held),
-            capacity_bytes=(room // chunks,) * candidate.num_stages if shared is None else (room,) * candidate.pp,
-            rank_of_stage=shared,
+            temporary_bytes=None if separate else temporaries,
+            capacity_bytes=tuple(room),
+            rank_of_stage=None if separate else placement,
         )
-        return solve_partition(problem, time_limit_s=time_limit_s)
+        return solve_partition(problem, time_limit_s=time_limit_s, seed=seed)
 
     def cut(
         self, candidate: Candidate, layers: tuple[LayerProfile, ...], cuts: Sequence[int], placement: tuple[int, ...]
@@ -159,7 +167,8 @@ class Pricer:
     ) -> PricedLayout | None:
         """The candidate under a fixed family, which may yet overflow a rank; None if no cut fits.
 
-        With one chunk per rank, None is a proof that none does.
+        With one chunk per rank, None is a proof that none does (where all boundary tensors have one size, as they do
+        in a transformer): the counts are those of one moment of the order.
         """
         shape = (family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
         placement = family.placement(candidate.pp, candidate.virtual_stages)
@@ -168,30 +177,13 @@ class Pricer:
         else:
             most = held_per_rank(*shape)
             held = tuple((-(-most[rank][0] // candidate.virtual_stages), 0) for rank in placement)
-        cuts = self.roomy_cuts(candidate, layers, held, splits_backward=family.splits_backward)
-        if cuts is None:
+        solution = self.partition(candidate, layers, placement, held, splits_backward=family.splits_backward)
+        if solution.cuts is None:
             return None
         schedule = family_schedule(*shape)
-        return self.price(self.cut(candidate, layers, cuts, placement), schedule, family.name, "family")
+        return self.price(self.cut(candidate, layers, solution.cuts, placement), schedule, family.name, "family")
 
-    def roomy_cuts(
-        self,
-        candidate: Candidate,
-        layers: Sequence[LayerProfile],
-        held: Sequence[tuple[int, int]],
-        *,
-        splits_backward: bool,
-    ) -> tuple[int, ...] | None:
-        """Cuts that keep room for transients if there are any, else cuts that do not, else None."""
-        for keeps_room in (True, False):
-            solution = self.partition(candidate, layers, held, splits_backward=splits_backward, keeps_room=keeps_room)
-            if solution.cuts is not None:
-                return solution.cuts
-        return None
-
-    def price(
-        self, cut: Cut, schedule: Schedule, family: str, solver: str, schedule_lower_bound_us: float = 0.0
-    ) -> PricedLayout:
+    def price(self, cut: Cut, schedule: Schedule, family: str, solver: str) -> PricedLayout:
         """Simulate an order on a cut, account for its memory and price what follows the pipeline."""
         candidate, dtype = cut.candidate, self.job.dtype
         timeline = simulate(schedule, cut.stages)
@@ -213,24 +205,28 @@ class Pricer:
             memory=self.memory(cut, timeline.peak_activation_bytes),
             data_parallel_us=traffic_us,
             optimizer_us=update_us,
-            schedule_lower_bound_us=schedule_lower_bound_us,
         )
 
     def memory(self, cut: Cut, peak_activation_bytes: Sequence[float]) -> tuple[RankMemory, ...]:
         """Memory of every rank when its activations peak at these bytes, shape (p,)."""
-        candidate = cut.candidate
         return tuple(
             rank_memory(
-                cut.hosted(rank),
+                cut.stages,
+                cut.rank_of_stage,
+                rank,
                 dtype=self.job.dtype,
-                zero_stage=candidate.zero_stage,
-                dp=candidate.dp,
-                num_ranks=candidate.pp,
-                peak_activation_bytes=math.ceil(peak_activation_bytes[rank]),
+                zero_stage=cut.candidate.zero_stage,
+                dp=cut.candidate.dp,
+                peak_activation_bytes=math.ceil(peak),
                 capacity=self.capacity_bytes,
             )
-            for rank in range(candidate.pp)
+            for rank, peak in enumerate(peak_activation_bytes)
         )
+
+    def activation_room(self, cut: Cut) -> list[int]:
+        """Bytes that every rank has left for activations, shape (p,); negative where the model states overflow."""
+        empty = self.memory(cut, [0.0] * cut.candidate.pp)
+        return [self.capacity_bytes - fixed.total_bytes for fixed in empty]
 
     def solve_order(
         self, cut: Cut, *, solver: str, time_limit_s: float, seed: int
@@ -239,23 +235,36 @@ class Pricer:
 
         Recomputing layers keep their backward in one piece. (None, None) if the model states alone overflow a rank.
         """
-        candidate = cut.candidate
-        room = [self.capacity_bytes - fixed.total_bytes for fixed in self.memory(cut, [0.0] * candidate.pp)]
+        room = self.activation_room(cut)
         if min(room) < 0:
             return None, None
         problem = pipeline_problem(
             cut.stages,
             cut.rank_of_stage,
-            candidate.num_microbatches,
-            splits_backward=candidate.recompute == "none",
+            cut.candidate.num_microbatches,
+            splits_backward=cut.candidate.recompute == "none",
             capacity_bytes=room,
         )
         solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed)
         if solution.order is None:
             return None, solution
         schedule = Schedule.from_orders(solution.order)
-        bound = float(solution.lower_bound_us)
-        return self.price(cut, schedule, "auto", solution.solver, bound), solution
+        return self.price(cut, schedule, "auto", solution.solver), solution
+
+    def schedule_bound_us(self, cut: Cut) -> float:
+        """A lower bound on the pipeline time of this cut under any order, its backward split or not."""
+        bounds = []
+        for splits_backward in (False, True) if cut.candidate.recompute == "none" else (False,):
+            problem = pipeline_problem(
+                cut.stages,
+                cut.rank_of_stage,
+                cut.candidate.num_microbatches,
+                splits_backward=splits_backward,
+                capacity_bytes=self.activation_room(cut),
+                rounding=math.floor,
+            )
+            bounds.append(float(best_bound(problem).value_us))
+        return min(bounds)
 
 
 @lru_cache(maxsize=16)

@@ -28,16 +28,20 @@ def pipeline_problem(
     splits_backward: bool,
     capacity_bytes: Sequence[int] | None,
     objective: Objective = "makespan",
+    rounding: Callable[[float], int] = round,
 ) -> PipelineProblem:
-    """The integer scheduling problem of these stages; `capacity_bytes` is what activations may take on each rank."""
+    """The integer scheduling problem of these stages; `capacity_bytes` is what activations may take on each rank.
+
+    Rounded down (`math.floor`), its lower bounds hold for the unrounded times; sums are rounded after they are taken.
+    """
     backward = [s.backward_input_us if splits_backward else s.fused_backward_us for s in stages]
     weight = [s.backward_weight_us if splits_backward else 0.0 for s in stages]
     return PipelineProblem(
-        forward_us=tuple(max(1, round(s.forward_us)) for s in stages),
-        backward_us=tuple(max(1, round(us)) for us in backward),
-        weight_us=tuple(map(round, weight)),
+        forward_us=tuple(max(1, rounding(s.forward_us)) for s in stages),
+        backward_us=tuple(max(1, rounding(us)) for us in backward),
+        weight_us=tuple(map(rounding, weight)),
         split=(splits_backward,) * len(stages),
-        transfer_us=tuple(round(s.transfer_us) for s in stages[:-1]),
+        transfer_us=tuple(rounding(s.transfer_us) for s in stages[:-1]),
         rank_of_stage=tuple(rank_of_stage),
         num_microbatches=num_microbatches,
         activation_bytes=tuple(s.activation_bytes for s in stages),
@@ -77,7 +81,7 @@ class PipelineCosts:
             )
 
     def stages(self, rank_of_stage: Sequence[int]) -> tuple[StageCosts, ...]:
-        """One `StageCosts` per stage; LayoutError when a list has neither 1 nor S entries."""
+        """One `StageCosts` per stage, in whole µs; LayoutError when a list has neither 1 nor S entries."""
         num_stages = len(rank_of_stage)
         columns = []
         for name in ("forward_us", "backward_us", "weight_us"):
@@ -86,7 +90,8 @@ class PipelineCosts:
                 raise LayoutError(
                     f"{name} has {len(values)} entries; give one number, or one for each of the {num_stages} stages"
                 )
-            columns.append(values * num_stages if len(values) == 1 else values)
+            whole = tuple(float(round(value)) for value in values)
+            columns.append(whole * num_stages if len(whole) == 1 else whole)
         forward, backward, weight = columns
         return tuple(
             StageCosts(
@@ -123,7 +128,7 @@ def schedule_costs(
     """Schedule from costs alone. InfeasibleError when nothing fits the memory, or nothing was found in time.
 
     `memory_limit` is in units of `costs.activation_bytes`, per rank. With a named family the answer is that family's
-    schedule, and its gap is against every schedule of these costs with a split backward.
+    schedule, and its gap is against every schedule of these costs, its backward split or not.
     """
     chosen = None if family == "auto" else get_family(family)
     placement_family = chosen or FAMILIES["interleaved-1f1b" if virtual_stages > 1 else "1f1b"]
@@ -178,7 +183,7 @@ def schedule_costs(
             f"limit of {memory_limit or 0:g} microbatches is {capacity[worst] if capacity else 0}; raise the "
             "limit, or let auto make an order that holds less"
         )
-    bound = best_bound(problem)
+    bound = min(best_bound(problem), best_bound(own), key=lambda known: known.value_us)
     status = Status.OPTIMAL if bound.value_us >= score.objective_us else Status.FEASIBLE
     return _answer(
         chosen.name,
@@ -262,7 +267,7 @@ def _answer(
         bubble_rate_makespan=score.bubble_rate_makespan,
         lower_bound_us=bound_us,
         lower_bound_kind=bound_kind,
-        gap=max(0.0, (score.objective_us - bound_us) / score.objective_us) if score.objective_us else 0.0,
+        gap=(score.objective_us - bound_us) / score.objective_us,
         peak_memory=tuple(score.peak_bytes),
         solve_seconds=round(seconds, 3),
         seed=seed,

@@ -4,7 +4,7 @@ Every candidate first gets a provable floor under its step time (`planner.cost.S
 the order of their floors until the floor reaches the best step time found. What no fixed family fits, though it might
 fit, is tried again after that; then the best few get a solver-made schedule. A candidate is out of the certificate only
 if its floor is no better than the answer or if it is proven not to fit: the smallest floor of all others bounds the
-space from below.
+space from below. The space is what at least one fixed family can run; solvers order those candidates, too.
 """
 
 import heapq
@@ -43,14 +43,21 @@ class SearchProgress:
 
 @dataclass
 class SearchResult:
-    """The layouts found, best first, and what is proven about the rest."""
+    """The layouts found, best first, and what is proven about the rest.
+
+    candidates = refused + evaluated + pruned + unreached; what is found not to fit when it is evaluated is counted in
+    `num_overflowing`.
+    """
 
     ranked: list[PricedLayout] = field(default_factory=list)
     lower_bound_us: float = 0.0
+    dropped: dict[str, int] = field(default_factory=dict)
     num_candidates: int = 0
-    num_pruned: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
     num_evaluated: int = 0
-    infeasible: Counter[str] = field(default_factory=Counter)
+    num_overflowing: int = 0
+    num_pruned: int = 0
+    num_unreached: int = 0
     interrupted: bool = False
     limited_by_time: bool = False
     seconds: float = 0.0
@@ -74,8 +81,8 @@ class _Node:
 
     @property
     def floor_us(self) -> float:
-        splits = {family.splits_backward for family in self.families} | {self.solvers_may_split}
-        return min(self.floor_of_us[split] for split in splits)
+        splits = {family.splits_backward for family in self.families}
+        return min(self.floor_of_us[split] for split in ({*splits, True} if self.solvers_may_split else splits))
 
 
 def search(
@@ -112,7 +119,7 @@ class _Search:
         self.time_limit_s, self.on_progress = time_limit_s, on_progress
         self.started = time.monotonic()
         self.pricer = Pricer(job)
-        self.result = SearchResult(num_candidates=len(space.candidates), infeasible=Counter(space.dropped))
+        self.result = SearchResult(dropped=space.dropped, num_candidates=len(space.candidates))
         self.best: dict[Candidate, PricedLayout] = {}
         self.queue: list[tuple[float, int, _Node]] = []
         self.open: dict[Candidate, float] = {}  # floors of what was taken from the queue and may be feasible
@@ -131,7 +138,9 @@ class _Search:
             result.interrupted = True
         if not self.best:
             self._refuse()
-        result.num_pruned = len(self.queue)
+        best_us = self._best_us()
+        result.num_pruned = sum(floor >= best_us * (1 - _TOLERANCE) for floor, _, _ in self.queue)
+        result.num_unreached = len(self.queue) - result.num_pruned
         result.ranked = sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))
         result.lower_bound_us = self._lower_bound_us()
         result.seconds = self._elapsed_s()
@@ -146,13 +155,13 @@ class _Search:
             families = self._families(candidate)
             variant = candidate.variant(self.job.sequence_length, self.job.dtype)
             if not families:
-                self.result.infeasible["no schedule family runs it"] += 1
+                self.result.refused["no schedule family runs it"] += 1
             elif variant not in known:
-                self.result.infeasible["not profiled"] += 1
+                self.result.refused["not profiled"] += 1
             else:
                 layers = layers_of.setdefault(variant, self.pricer.layers(candidate))
                 if self._overflows_everywhere(candidate, layers):
-                    self.result.infeasible["does not fit in memory"] += 1
+                    self.result.refused["does not fit in memory"] += 1
                 else:
                     floor = self.pricer.floor(candidate, layers)
                     floors = {split: floor.step_us(splits_backward=split) for split in (False, True)}
@@ -187,8 +196,9 @@ class _Search:
             if self._elapsed_s() > self.time_limit_s * _PRICING_SHARE:
                 self.result.limited_by_time = True
                 break
-            node = heapq.heappop(self.queue)[2]
-            self.open[node.candidate] = node.floor_us
+            node = self.queue[0][2]
+            self.open[node.candidate] = node.floor_us  # first, so that Ctrl-C in between loses no floor
+            heapq.heappop(self.queue)
             self.result.num_evaluated += 1
             outcome = self._price_families(node)
             if outcome is _Outcome.IMPOSSIBLE:
@@ -197,6 +207,8 @@ class _Search:
                 second_tries.append(node)
             self._report("pricing layouts")
         for node in second_tries:
+            if self.result.interrupted:
+                return
             if node.floor_us >= self._best_us():
                 continue
             if self._elapsed_s() > self.time_limit_s * _SECOND_TRY_SHARE:
@@ -209,7 +221,7 @@ class _Search:
     def _close(self, node: _Node) -> None:
         """Take a candidate that is proven not to fit out of the certificate."""
         del self.open[node.candidate]
-        self.result.infeasible["does not fit in memory"] += 1
+        self.result.num_overflowing += 1
 
     def _price_families(self, node: _Node) -> _Outcome:
         """Price a candidate under every family that may still win."""
@@ -236,12 +248,13 @@ class _Search:
 
     def _hold_fewer_microbatches(self, node: _Node) -> bool:
         """Let list scheduling make an order within the memory there is; a rank holds one microbatch at least."""
-        candidate = node.candidate
+        candidate, placement = node.candidate, tuple(range(node.candidate.pp))
+        splits = candidate.recompute == "none"
         one_each = [(1, 0)] * candidate.pp
-        cuts = self.pricer.roomy_cuts(candidate, node.layers, one_each, splits_backward=True)
+        cuts = self.pricer.partition(candidate, node.layers, placement, one_each, splits_backward=splits).cuts
         if cuts is None:
             return False
-        self._list_schedule(self.pricer.cut(candidate, node.layers, cuts, tuple(range(candidate.pp))))
+        self._list_schedule(self.pricer.cut(candidate, node.layers, cuts, placement))
         return True
 
     def _share_memory_unevenly(self, node: _Node) -> bool:
@@ -275,11 +288,12 @@ class _Search:
         solution = self.pricer.partition(
             node.candidate,
             node.layers,
+            placement,
             [(held[rank], 0) for rank in placement],
             splits_backward=family.splits_backward,
-            shared=placement,
-            keeps_room=False,
+            shares_ranks=True,
             time_limit_s=1.0,
+            seed=self.seed,
         )
         return solution.cuts, solution.status is not Status.INFEASIBLE
 
@@ -299,14 +313,14 @@ class _Search:
         chosen = sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))[:NUM_POLISHED]
         for position, priced in enumerate(chosen):
             share = (self.time_limit_s - self._elapsed_s()) / (len(chosen) - position)
+            if self.result.interrupted:
+                return
             if priced.candidate.pp == 1 or self._num_actions(priced.candidate) > SOLVER_ACTION_LIMIT or share < 0.1:
                 continue
             self._report(f"scheduling {priced.cut.candidate.pp} ranks")
             better, solution = self.pricer.solve_order(priced.cut, solver="auto", time_limit_s=share, seed=self.seed)
             self._keep(better)
             self._note_end(solution)
-            if self.result.interrupted:
-                return
 
     def _keep(self, priced: PricedLayout | None) -> bool:
         """Remember a priced layout if it fits and is the best of its candidate; whether it fits."""
@@ -353,19 +367,20 @@ class _Search:
             self.nearest_miss = (need_bytes, text)
 
     def _refuse(self) -> None:
-        cluster, job = self.job.cluster, self.job
+        cluster, result = self.job.cluster, self.result
         usable = _gib(self.pricer.capacity_bytes)
-        reasons = "; ".join(f"{count} {reason}" for reason, count in self.result.infeasible.items()) or "no candidates"
+        reasons = [f"{count} {reason}" for reason, count in (self.space.dropped | result.refused).items()]
+        if result.num_overflowing:
+            reasons.append(f"{result.num_overflowing} do not fit in memory however they are cut")
+        if self.open or self.queue:
+            reasons.append(f"{len(self.open) + len(self.queue)} might fit, but nothing was found that does")
         miss = f" Closest: {self.nearest_miss[1]}, {usable} are usable." if self.nearest_miss[1] else ""
-        if self.result.limited_by_time:
-            raise InfeasibleError(
-                f"no layout found for {job.profile.model.name!r} on {cluster.name!r} within {self.time_limit_s:g} s "
-                f"({reasons}).{miss} Raise the time limit"
-            )
+        more = "raise the time limit, " if result.limited_by_time else ""
         raise InfeasibleError(
-            f"no layout of {job.profile.model.name!r} fits cluster {cluster.name!r} ({cluster.num_devices} devices, "
-            f"{usable} usable each) with global batch size {job.global_batch_size}: {reasons}.{miss} "
-            "Use more or larger devices, or free the pinned degrees"
+            f"no layout of {self.job.profile.model.name!r} found that fits cluster {cluster.name!r} "
+            f"({cluster.num_devices} devices, {usable} usable each) with global batch size "
+            f"{self.job.global_batch_size}: {'; '.join(reasons) or 'no candidates'}.{miss} To mend it, {more}use more "
+            "or larger devices, or free what is pinned"
         )
 
 

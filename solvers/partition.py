@@ -3,7 +3,8 @@
 minimise   max over ranks of the time of the layers it hosts
 over       cuts 0 = c_0 < c_1 < ... < c_S = L; stage s holds layers [c_s, c_s+1) and runs on rank_of_stage[s]
 such that  on every rank, the sum over its stages s and their layers of static_bytes + in_flight[s] · activation_bytes
-           + weights_in_flight[s] · weight_activation_bytes is at most its capacity_bytes.
+           + weights_in_flight[s] · weight_activation_bytes, plus the largest temporary_bytes of any of its layers,
+           is at most its capacity_bytes.
 
 Times are whole µs, sizes whole bytes, so every backend must prove the same optimum. Nothing here reads a file, a
 clock or a solver. `solve_partition` picks the backend: with one stage per rank `partition_chain` needs no solver.
@@ -30,6 +31,7 @@ class StagePartition:
     in_flight: tuple[int, ...] | None = None  # shape (S,), microbatches a stage holds between F and B; None is 1
     weight_activation_bytes: tuple[int, ...] | None = None  # shape (L,), of one microbatch from B to W; None is 0
     weights_in_flight: tuple[int, ...] | None = None  # shape (S,), those it holds between B and W meanwhile; None is 0
+    temporary_bytes: tuple[int, ...] | None = None  # shape (L,), while one of its actions runs; None is 0
     capacity_bytes: tuple[int, ...] | None = None  # shape (p,); None is no limit
     rank_of_stage: tuple[int, ...] | None = None  # shape (S,); None puts stage s on rank s
 
@@ -43,6 +45,7 @@ class StagePartition:
             ("in_flight", self.num_stages),
             ("weight_activation_bytes", len(self.times_us)),
             ("weights_in_flight", self.num_stages),
+            ("temporary_bytes", len(self.times_us)),
             ("rank_of_stage", self.num_stages),
             ("capacity_bytes", self.num_ranks),
         ):
@@ -92,7 +95,17 @@ class StagePartition:
 
     def rank_bytes(self, cuts: Sequence[int]) -> list[int]:
         """Memory of every rank under these cuts, shape (p,)."""
-        return self._per_rank(cuts, [self.layer_bytes(stage) for stage in range(self.num_stages)])
+        held = self._per_rank(cuts, [self.layer_bytes(stage) for stage in range(self.num_stages)])
+        bounds = (0, *cuts, self.num_layers)
+        for rank in range(self.num_ranks):
+            hosted = (stage for stage, host in enumerate(self.placement) if host == rank)
+            held[rank] += max(max(self.temporaries[bounds[s] : bounds[s + 1]]) for s in hosted)
+        return held
+
+    @cached_property
+    def temporaries(self) -> tuple[int, ...]:
+        """`temporary_bytes`, or zeros, shape (L,)."""
+        return self.temporary_bytes or (0,) * self.num_layers
 
     def bottleneck_us(self, cuts: Sequence[int]) -> int:
         """The objective: load of the busiest rank."""

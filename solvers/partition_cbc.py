@@ -40,13 +40,16 @@ def solve(problem: StagePartition, *, time_limit_s: float, seed: int) -> Partiti
                 model += y[layer][stage] <= y[layer - 1][stage - 1]  # and skip no stage
     model += y[-1][-1] == 1
     for rank in range(problem.num_ranks):
-        load, used = [], []
+        temporary = model.add_variable(f"temporary{rank}_bytes", lowBound=0)
+        load, used = [], [temporary]
         for stage in (s for s in stages if problem.placement[s] == rank):
             sizes = problem.layer_bytes(stage)
             for layer in layers:
                 here = y[layer][stage] - (y[layer][stage + 1] if stage + 1 < problem.num_stages else 0)
                 load.append(problem.times_us[layer] * here)
                 used.append(sizes[layer] * here)
+                if problem.temporaries[layer]:
+                    model += temporary >= problem.temporaries[layer] * here
         model += pulp.lpSum(load) <= bottleneck
         if problem.capacity_bytes is not None:
             model += pulp.lpSum(used) <= problem.capacity_bytes[rank]

@@ -9,6 +9,7 @@ earliest cuts first: the same answer every time, and no lopsided one.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 
 from solvers.partition import PartitionSolution, StagePartition, rescored
@@ -44,12 +45,26 @@ def _memory_reaches(problem: StagePartition) -> list[list[int]]:
     ends = problem.num_layers
     if problem.capacity_bytes is None:
         return [[ends] * (ends + 1)] * problem.num_stages
-    reaches = []
-    for stage in range(problem.num_stages):
-        room = problem.capacity_bytes[problem.placement[stage]]
-        used = list(accumulate(problem.layer_bytes(stage), initial=0))
-        reaches.append([bisect_right(used, used[first] + room) - 1 for first in range(ends + 1)])
-    return reaches
+    return [
+        _reaches(problem.layer_bytes(stage), problem.temporaries, problem.capacity_bytes[problem.placement[stage]])
+        for stage in range(problem.num_stages)
+    ]
+
+
+def _reaches(sizes: Sequence[int], temporaries: Sequence[int], room: int) -> list[int]:
+    """For every first layer, the furthest end that fits: the sum of sizes and the largest temporary. Shape (L + 1,)."""
+    num_layers, end, used, reaches = len(sizes), 0, 0, []
+    for first in range(num_layers):
+        end, used = max(end, first), used if end > first else 0
+        largest = max(temporaries[first:end], default=0)
+        while end < num_layers and used + sizes[end] + max(largest, temporaries[end]) <= room:
+            largest = max(largest, temporaries[end])
+            used += sizes[end]
+            end += 1
+        reaches.append(end)
+        if end > first:
+            used -= sizes[first]
+    return [*reaches, num_layers]
 
 
 def _feasible(times: list[int], reaches: list[list[int]], deadline_us: int) -> bool:

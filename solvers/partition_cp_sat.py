@@ -38,20 +38,24 @@ def solve(problem: StagePartition, *, time_limit_s: float, seed: int) -> Partiti
     model.add(y[-1][-1] == 1)
     bottleneck = model.new_int_var(max(problem.times_us), sum(problem.times_us), "bottleneck_us")
     for rank in range(problem.num_ranks):
+        temporary = model.new_int_var(0, max(problem.temporaries), f"temporary{rank}_bytes")
         load: list[cp_model.LinearExprT] = []
-        used: list[cp_model.LinearExprT] = []
+        used: list[cp_model.LinearExprT] = [temporary]
         for stage in (s for s in stages if problem.placement[s] == rank):
             sizes = problem.layer_bytes(stage)
             for layer in layers:
                 here = y[layer][stage] - (y[layer][stage + 1] if stage + 1 < problem.num_stages else 0)
                 load.append(problem.times_us[layer] * here)
                 used.append(sizes[layer] * here)
+                if problem.temporaries[layer]:
+                    model.add(temporary >= problem.temporaries[layer] * here)
         model.add(sum(load) <= bottleneck)
         if problem.capacity_bytes is not None:
             model.add(sum(used) <= problem.capacity_bytes[rank])
     model.minimize(bottleneck)
     solver = cp_model.CpSolver()
-    solver.parameters.max_time_in_seconds = time_limit_s
+    solver.parameters.max_deterministic_time = time_limit_s  # about as long, and the same work every time
+    solver.parameters.max_time_in_seconds = 10 * time_limit_s
     solver.parameters.random_seed = seed & 0x7FFFFFFF
     solver.parameters.num_workers = 1  # so that equal seeds give equal cuts
     solver.parameters.catch_sigint_signal = False

@@ -9,7 +9,7 @@ from planner.plans import Plan
 from planner.report.text import GIB, duration, facts, grid, render, schedule_excerpt, size
 
 
-def render_plan(plan: Plan, width: int = 110) -> str:
+def render_plan(plan: Plan, width: int = 120) -> str:
     """Everything `pipewright plan` prints for people."""
     return render(*_parts(plan), width=width)
 
@@ -53,14 +53,17 @@ def _summary(plan: Plan) -> RenderableType:
         ("gap", certainty),
         (
             "searched",
-            f"{proof.num_candidates} layouts: {proof.num_evaluated} evaluated, {proof.num_pruned} pruned by bound, "
-            f"{proof.num_infeasible} infeasible; {proof.seconds:.1f} s of {proof.time_limit_s:g} s, seed {proof.seed}"
-            + (" (interrupted)" if proof.interrupted else ""),
+            f"{proof.num_candidates} layouts: {proof.num_evaluated} evaluated ({proof.num_overflowing} of them cannot "
+            f"fit), {proof.num_pruned} pruned by bound, {proof.num_unreached} not reached, "
+            f"{sum(proof.refused.values())} refused; "
+            f"{proof.seconds:.1f} s of {proof.time_limit_s:g} s, seed {proof.seed}"
+            + ("; interrupted" if proof.interrupted else "")
+            + ("; cut short by the time limit, another run may end elsewhere" if proof.limited_by_time else ""),
         ),
     ]
-    if proof.infeasible_reasons:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in proof.infeasible_reasons.items())
-        rows.append(("dropped", reasons))
+    for name, reasons in (("refused", proof.refused), ("outside", proof.dropped)):
+        if reasons:
+            rows.append((name, "; ".join(f"{count} {reason}" for reason, count in reasons.items())))
     return facts(rows)
 
 

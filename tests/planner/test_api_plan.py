@@ -7,8 +7,9 @@ import re
 import pytest
 
 import planner
-from planner.api import load_plan, plan, verify
+from planner.api import plan, validate
 from planner.errors import InfeasibleError, LayoutError, PlanError, ScheduleError
+from planner.verify import verify
 from profiles.analytic import profile_model
 from profiles.catalog import load_cluster, model
 from profiles.errors import FileError, ProfileError
@@ -29,16 +30,14 @@ def test_the_plan_adds_up(llama):
     assert all(m.total_bytes <= m.capacity_bytes for m in guess.memory)
 
 
-def test_the_certificate_bounds_the_plan_from_below(llama):
-    proof = llama.certificate
-    assert proof.lower_bound_us <= proof.objective_us == llama.prediction.step_time_us
-    assert proof.gap == pytest.approx(1 - proof.lower_bound_us / proof.objective_us)
-    assert proof.gap < 0.15
+def test_its_parts_agree_and_its_gap_is_small(llama):
+    verify(llama)
+    assert llama.certificate.gap < 0.15
 
 
 def test_a_saved_plan_loads_as_itself_and_validates(llama, tmp_path):
     llama.save(tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == llama
+    assert validate(tmp_path / "plan.json") == llama
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
@@ -81,7 +80,7 @@ def test_recomputation_is_chosen_where_nothing_else_fits():
         time_limit_s=20,
     )
     assert found.layout.recompute == "full"
-    assert found.certificate.infeasible_reasons["does not fit in memory"] > 0
+    assert found.certificate.refused["does not fit in memory"] + found.certificate.num_overflowing > 0
 
 
 def test_a_model_that_fits_nowhere_says_what_it_needs():
@@ -102,6 +101,7 @@ def test_a_pinned_layout_that_does_not_fit_says_which():
         ({"global_batch_size": 8, "sequence_length": 0}, "sequence length 0: give at least 1 token"),
         ({"global_batch_size": 8, "time_limit_s": 0}, "time limit 0: give a finite number of seconds above 0"),
         ({"global_batch_size": 8, "tp": 3}, "tp=3 does not divide num_heads=32"),
+        ({"global_batch_size": 8, "dtype": "int8"}, "dtype 'int8' is not known; choose one of bfloat16"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, message):
@@ -126,7 +126,7 @@ def test_a_profile_file_is_planned_like_a_model_and_only_at_what_it_holds(tmp_pa
     found = plan(tmp_path / "profile.json", "1x2xa100-80gb", global_batch_size=8, pp=2, family="1f1b")
     assert found.family == "1f1b"
     assert found.layout.micro_batch_size in (1, 2)
-    assert found.certificate.infeasible_reasons["not profiled"] > 0
+    assert found.certificate.refused["not profiled"] > 0
     with pytest.raises(ProfileError, match=r"holds sequence lengths \[1024\] in bfloat16, not 512"):
         plan(tmp_path / "profile.json", "1x2xa100-80gb", global_batch_size=8, sequence_length=512)
 
@@ -153,14 +153,14 @@ def broken(llama, path, change):
 )
 def test_a_broken_plan_file_is_refused_with_the_place(llama, tmp_path, change, message):
     with pytest.raises(FileError, match=message):
-        load_plan(broken(llama, tmp_path / "plan.json", change))
+        validate(broken(llama, tmp_path / "plan.json", change))
 
 
 def test_a_truncated_plan_file_is_refused(llama, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(llama.model_dump_json()[:500])
     with pytest.raises(FileError, match="not valid JSON"):
-        load_plan(path)
+        validate(path)
 
 
 def test_a_schedule_that_misses_an_action_is_refused(llama):
@@ -170,14 +170,47 @@ def test_a_schedule_that_misses_an_action_is_refused(llama):
         verify(llama.model_copy(update={"schedule": tuple(lines)}))
 
 
-def test_a_prediction_that_its_own_schedule_does_not_give_is_refused(llama):
-    guess = llama.prediction.model_copy(update={"pipeline_us": llama.prediction.pipeline_us * 0.9})
-    with pytest.raises(PlanError, match=r"pipeline_us is .* but its schedule and stage costs take"):
-        verify(llama.model_copy(update={"prediction": guess}))
+def tampered(llama, part, **changes):
+    holder = getattr(llama, part)
+    return llama.model_copy(update={part: holder.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("prediction", {"pipeline_us": 1.0}, r"pipeline_us is 1.0, but its schedule and stage costs take"),
+        ("prediction", {"optimizer_us": 0.5}, r"optimizer_us is 0.5, which is no rank's optimizer step"),
+        ("prediction", {"exposed_data_parallel_us": 0.0}, r"step_time_us is .*, but its parts add up to"),
+        ("prediction", {"tokens_per_s": 1.0}, r"tokens_per_s is 1.0, but the step time gives"),
+        ("prediction", {"bubble_rate_span": 0.9}, r"bubble_rate_span is 0.9, but they give"),
+        ("prediction", {"model_flops": 1.0}, r"model_flops is 1.0, but the model takes"),
+        ("certificate", {"objective_us": 1.0}, r"objective_us is 1.0, but the step time is"),
+        ("certificate", {"lower_bound_us": 1e12}, r"lower_bound_us 1000000000000.0 is over its objective_us"),
+        ("certificate", {"gap": 0.5}, r"gap is 0.5, but bound and objective give"),
+        ("certificate", {"status": "optimal"}, r"status is optimal, but the gap is"),
+        ("certificate", {"schedule_lower_bound_us": 1e12}, r"schedule_lower_bound_us .* is over the pipeline's"),
+    ],
+)
+def test_a_number_that_does_not_follow_from_the_rest_is_refused(llama, part, changes, message):
+    with pytest.raises(PlanError, match=message):
+        verify(tampered(llama, part, **changes))
+
+
+@pytest.mark.parametrize("name", ["weight_bytes", "optimizer_bytes", "activation_bytes", "buffer_bytes"])
+def test_memory_that_stages_and_schedule_do_not_give_is_refused(llama, name):
+    memory = [m.model_copy(update={name: 1}) for m in llama.prediction.memory]
+    with pytest.raises(PlanError, match=rf"memory\[0\]\.{name} is 1, but stages and schedule give"):
+        verify(tampered(llama, "prediction", memory=tuple(memory)))
 
 
 def test_a_rank_over_its_memory_is_refused(llama):
     memory = [m.model_copy(update={"capacity_bytes": 1}) for m in llama.prediction.memory]
-    guess = llama.prediction.model_copy(update={"memory": tuple(memory)})
     with pytest.raises(PlanError, match="pipeline rank 0 needs"):
-        verify(llama.model_copy(update={"prediction": guess}))
+        verify(tampered(llama, "prediction", memory=tuple(memory)))
+
+
+def test_a_schedule_that_is_not_its_familys_is_refused(llama):
+    with pytest.raises(PlanError, match="is not what family 'gpipe' generates for this layout"):
+        verify(llama.model_copy(update={"family": "gpipe"}))
+    with pytest.raises(PlanError, match=r"plan\.family 'nonsense' is none of gpipe, 1f1b"):
+        verify(llama.model_copy(update={"family": "nonsense"}))

@@ -77,7 +77,8 @@ def test_neighbouring_ranks_inside_one_node_use_its_links():
     cluster = load_cluster("2x8xh100-sxm")
     network = Network(cluster)
     assert network.pipeline(Candidate(1, 2, 8, 1, 1, 1, 0, "none")) == cluster.inter_node
-    assert network.pipeline(Candidate(2, 4, 1, 1, 1, 1, 0, "none")) == cluster.groups[0].intra_node
+    alone = load_cluster("1x8xh100-sxm")
+    assert Network(alone).pipeline(Candidate(2, 4, 1, 1, 1, 1, 0, "none")) == alone.groups[0].intra_node
 
 
 times = st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 30))
@@ -119,3 +120,71 @@ def test_what_follows_the_pipeline_is_never_below_its_floor(rows, pp):
                 for s in stages
             )
             assert worst >= floor * (1 - 1e-9)
+
+
+def brute_force_links(cluster, tp, pp, dp):
+    """The worst pipeline and data-parallel bandwidth, device by device."""
+    node = cluster.node_of_device
+    inside = min(g.intra_node.bandwidth_bytes_per_s * g.intra_node.efficiency for g in cluster.groups)
+
+    def outside(a, b):
+        link = cluster.inter_node
+        if cluster.nodes_per_pod and node[a] // cluster.nodes_per_pod != node[b] // cluster.nodes_per_pod:
+            link = cluster.inter_pod
+        return link.bandwidth_bytes_per_s * link.efficiency
+
+    def device(p, d, t):
+        return (p * dp + d) * tp + t
+
+    pipeline = inside
+    for p, d, t in product(range(pp - 1), range(dp), range(tp)):
+        a, b = device(p, d, t), device(p + 1, d, t)
+        if node[a] != node[b]:
+            pipeline = min(pipeline, outside(a, b))
+    data = inside
+    for p in range(pp):
+        members = [device(p, d, 0) for d in range(dp)]
+        nodes = [node[m] for m in members]
+        if len(set(nodes)) > 1:
+            fewest = min(nodes.count(n) for n in nodes)
+            worst = min(outside(a, b) for a, b in product(members, members) if node[a] != node[b])
+            data = min(data, fewest * worst)
+    return pipeline, data
+
+
+@pytest.mark.parametrize("name", ["3x8xa100-80gb", "2x6xh100-sxm", "mixed-h100-a100", "4x2xl40s", "pods"])
+def test_links_are_those_of_the_worst_group_wherever_it_lies(name):
+    if name == "pods":
+        slow = Link(bandwidth_bytes_per_s=1e9, latency_us=20.0)
+        cluster = load_cluster("6x2xa100-80gb").model_copy(update={"nodes_per_pod": 2, "inter_pod": slow})
+    else:
+        cluster = load_cluster(name)
+    network = Network(cluster)
+    sizes = {g.devices_per_node for g in cluster.groups}
+    for tp, pp in product((1, 2, 4), (1, 2, 3, 4, 6)):
+        if cluster.num_devices % (tp * pp) or any(size % tp for size in sizes):
+            continue
+        chosen = Candidate(tp, pp, cluster.num_devices // (tp * pp), 1, 1, 1, 0, "none")
+        want = brute_force_links(cluster, tp, pp, chosen.dp)
+        got = tuple(
+            link.bandwidth_bytes_per_s * link.efficiency
+            for link in (network.pipeline(chosen), network.data_parallel(chosen))
+        )
+        assert got == pytest.approx(want), chosen
+
+
+@given(st.lists(times, min_size=3, max_size=5), st.integers(2, 3), st.integers(1, 5))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_no_order_beats_the_floor_that_memory_sets(rows, pp, m):
+    """At exactly the room an order uses, its makespan is not under bytes × lifetime over that room."""
+    layers = tuple(layer(*row) for row in rows)
+    if pp > len(layers):
+        return
+    for name in ("1f1b", "gpipe", "zb-h1"):
+        schedule = FAMILIES[name].generate(pp, m)
+        for cuts in combinations(range(1, len(layers)), pp - 1):
+            timeline = simulate(schedule, stage_costs(layers, cuts, range(pp), LINK))
+            floor = StepFloor(
+                layers, candidate(pp, m), "float32", LINK, LINK, room_bytes=sum(timeline.peak_activation_bytes)
+            )
+            assert timeline.makespan_us >= floor.pipeline_us(splits_backward=name == "zb-h1") * (1 - 1e-9)

@@ -5,16 +5,15 @@ import re
 import pytest
 
 from planner.errors import LayoutError
-from planner.layout import Pins, divisors, enumerate_space, tensor_parallel_obstacle
+from planner.layout import Dimensions, Pins, divisors, enumerate_space, tensor_parallel_obstacle
 from profiles.catalog import load_cluster, model
 
 LLAMA = model("llama-3.1-8b")
 
 
-def space(cluster="2x8xh100-sxm", batch=256, **pins):
-    return enumerate_space(
-        LLAMA, load_cluster(cluster), global_batch_size=batch, num_layers=LLAMA.num_layers + 2, pins=Pins(**pins)
-    )
+def space(cluster="2x8xh100-sxm", batch=256, sequence_length=8192, **pins):
+    dims = Dimensions(LLAMA, load_cluster(cluster), batch, sequence_length, LLAMA.num_layers + 2)
+    return enumerate_space(dims, Pins(**pins))
 
 
 def test_every_candidate_uses_all_devices_and_the_whole_batch():
@@ -69,6 +68,11 @@ def test_dropped_points_are_counted_by_reason():
         ({"pp": 5}, "layout pp=5 does not divide the 16 devices"),
         ({"pp": 16, "virtual_stages": 3}, "pp=16 × virtual_stages=3 makes 48 stages, but model 'llama-3.1-8b' has 34"),
         ({"micro_batch_size": 3}, "dp=1 × micro_batch_size=3 is 3, which does not divide global batch size 256"),
+        ({"tp": 16}, "tp=16 does not divide the 8 devices of a node of cluster '2x8xh100-sxm'"),
+        ({"pp": 1, "virtual_stages": 2}, "pp=1 with virtual_stages=2: one rank has no use for chunks"),
+        ({"tp": 8, "dp": 2, "virtual_stages": 4}, "pp=1 with virtual_stages=4"),
+        ({"zero_stage": 3}, "zero_stage=3 is not known; choose one of 0, 1"),
+        ({"recompute": "selective"}, "recompute=selective is not known; choose one of none, full"),
         ({"dp": 0}, "dp=0: degrees and sizes are whole numbers from 1"),
     ],
 )
@@ -78,13 +82,32 @@ def test_pins_that_cannot_hold_are_refused_with_their_numbers(pins, message):
 
 
 def test_a_batch_that_a_pinned_data_degree_does_not_divide_is_refused():
-    with pytest.raises(LayoutError, match="dp=16 does not divide global batch size 24"):
+    with pytest.raises(
+        LayoutError, match="dp=16 × micro_batch_size=1 is 16, which does not divide global batch size 24"
+    ):
         space(batch=24, dp=16)
+    with pytest.raises(
+        LayoutError, match="dp=16 × micro_batch_size=1 is 16, which does not divide global batch size 24"
+    ):
+        space(batch=24, tp=1, pp=1)
 
 
 def test_key_value_heads_are_replicated_only_evenly():
-    assert tensor_parallel_obstacle(LLAMA, 16) is None  # 8 key/value heads, each on two devices
-    assert tensor_parallel_obstacle(LLAMA, 5) is not None
+    assert tensor_parallel_obstacle(LLAMA, 16, 8192) is None  # 8 key/value heads, each on two devices
+    assert tensor_parallel_obstacle(LLAMA, 5, 8192) is not None
+
+
+def test_a_sequence_that_tensor_parallelism_cannot_cut_is_planned_without_it():
+    assert {c.tp for c in space(sequence_length=1001).candidates} == {1}
+    with pytest.raises(LayoutError, match="tp=2 does not divide the sequence length 1001"):
+        space(sequence_length=1001, tp=2)
+
+
+def test_dense_layers_before_the_experts_are_divided_too():
+    spec = model("deepseek-v3")
+    odd = spec.model_copy(update={"ffn_size": spec.ffn_size + 1})
+    assert tensor_parallel_obstacle(spec, 8, 4096) is None
+    assert "feed-forward width" in tensor_parallel_obstacle(odd, 8, 4096)
 
 
 def test_divisors_of_a_square():

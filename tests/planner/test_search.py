@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.errors import InfeasibleError
-from planner.layout import Pins, enumerate_space
+from planner.layout import Dimensions, Pins, enumerate_space
 from planner.pricing import Job, Pricer
 from planner.schedule.families import FAMILIES
 from planner.search import search
@@ -38,14 +38,14 @@ def cluster(num_nodes, per_node, memory_bytes):
 
 
 def profile(rows, sizes, recompute):
-    """Layers from (F, B, W, parameter bytes, M_B) rows; costs grow with the micro-batch size."""
+    """Layers from (F, B, W, parameters, M_B, temporary) rows; costs grow with the micro-batch size."""
     variants = [
         Variant(micro_batch_size=size, sequence_length=8, dtype="float32", recompute=mode)
         for size in sizes
         for mode in recompute
     ]
     groups = []
-    for index, (forward, backward, weight, parameters, held) in enumerate(rows):
+    for index, (forward, backward, weight, parameters, held, temporary) in enumerate(rows):
         costs = []
         for variant in variants:
             n, again = variant.micro_batch_size, forward if variant.recompute == "full" else 0
@@ -60,7 +60,8 @@ def profile(rows, sizes, recompute):
                     parameter_bytes=4 * parameters,
                     activation_bytes=n * (1 if again else held),
                     weight_activation_bytes=n * (held // 2),
-                    output_bytes=100 * n,
+                    output_bytes=0 if index == len(rows) - 1 else 7 * n,
+                    temporary_bytes=n * temporary,
                 )
             )
         kind = "embedding" if index == 0 else "head" if index == len(rows) - 1 else "block"
@@ -106,7 +107,7 @@ def everything(job, space, family_name):
 
 
 rows = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(1, 5), st.integers(1, 40)),
+    st.tuples(*[st.integers(1, 9)] * 2, st.integers(0, 9), st.integers(1, 5), st.integers(1, 40), st.integers(0, 40)),
     min_size=4,
     max_size=6,
 )
@@ -118,9 +119,7 @@ def test_nothing_that_fits_is_under_the_bound_and_the_answer_is_near_the_best(la
     machines = cluster(*shape, memory)
     job = Job(profile(layers, (1, 2), ("none", "full")), machines, 4, 8, "float32")
     pins = Pins(family=family)
-    space = enumerate_space(
-        job.profile.model, machines, global_batch_size=4, num_layers=len(layers), pins=pins, micro_batch_sizes=(1, 2)
-    )
+    space = enumerate_space(Dimensions(job.profile.model, machines, 4, 8, len(layers), (1, 2)), pins)
     best = min(everything(job, space, family), default=None)
     try:
         found = search(job, space, pins, time_limit_s=20, seed=0)
@@ -132,17 +131,17 @@ def test_nothing_that_fits_is_under_the_bound_and_the_answer_is_near_the_best(la
     assert found.lower_bound_us <= answer.step_us
     if best is not None:
         assert found.lower_bound_us <= best * (1 + 1e-9), f"bound {found.lower_bound_us} over the real {best}"
+    outcomes = found.num_evaluated + found.num_pruned + found.num_unreached + sum(found.refused.values())
+    assert outcomes == found.num_candidates
 
 
 def test_a_larger_device_never_makes_the_answer_worse():
-    layers = [(1, 1, 1, 2, 4), (5, 6, 4, 5, 30), (5, 6, 4, 5, 30), (5, 6, 4, 5, 30), (3, 3, 3, 2, 8)]
+    layers = [(1, 1, 1, 2, 4, 0), *[(5, 6, 4, 5, 30, 9)] * 3, (3, 3, 3, 2, 8, 40)]
     previous = float("inf")
     for memory in (150, 200, 400, 2000):
         machines = cluster(1, 2, memory)
         job = Job(profile(layers, (1,), ("none", "full")), machines, 4, 8, "float32")
-        space = enumerate_space(
-            job.profile.model, machines, global_batch_size=4, num_layers=5, pins=Pins(), micro_batch_sizes=(1,)
-        )
+        space = enumerate_space(Dimensions(job.profile.model, machines, 4, 8, 5, (1,)), Pins())
         try:
             step = search(job, space, Pins(), time_limit_s=20, seed=0).ranked[0].step_us
         except InfeasibleError:
@@ -154,27 +153,23 @@ def test_a_larger_device_never_makes_the_answer_worse():
 
 def test_a_search_that_is_cut_short_says_so():
     machines = cluster(2, 4, 100_000)
-    job = Job(profile([(2, 2, 2, 2, 2)] * 6, (1, 2), ("none", "full")), machines, 64, 8, "float32")
-    space = enumerate_space(
-        job.profile.model, machines, global_batch_size=64, num_layers=6, pins=Pins(), micro_batch_sizes=(1, 2)
-    )
+    job = Job(profile([(2, 2, 2, 2, 2, 2)] * 6, (1, 2), ("none", "full")), machines, 64, 8, "float32")
+    space = enumerate_space(Dimensions(job.profile.model, machines, 64, 8, 6, (1, 2)), Pins())
     found = search(job, space, Pins(), time_limit_s=20, seed=0)
     with_time = found.lower_bound_us / found.ranked[0].step_us
-    try:
-        hurried = search(job, space, Pins(), time_limit_s=1e-6, seed=0)
-    except InfeasibleError as error:
-        assert "Raise the time limit" in str(error)
-    else:
-        assert hurried.limited_by_time
-        assert hurried.lower_bound_us / hurried.ranked[0].step_us <= with_time
+    known = found.ranked[-1:]
+    hurried = search(job, space, Pins(), time_limit_s=1e-6, seed=0, known=known)
+    assert hurried.limited_by_time
+    assert hurried.num_unreached > 0
+    assert hurried.lower_bound_us / hurried.ranked[0].step_us <= with_time
+    with pytest.raises(InfeasibleError, match=r"might fit, but nothing was found that does.*raise the time limit"):
+        search(job, space, Pins(), time_limit_s=1e-6, seed=0)
 
 
 @pytest.mark.parametrize("family", ["1f1b", "zb-h1", "gpipe"])
 def test_a_pinned_family_is_what_comes_out(family):
     machines = cluster(1, 2, 100_000)
-    job = Job(profile([(2, 2, 2, 2, 2)] * 5, (1,), ("none",)), machines, 4, 8, "float32")
+    job = Job(profile([(2, 2, 2, 2, 2, 2)] * 5, (1,), ("none",)), machines, 4, 8, "float32")
     pins = Pins(pp=2, family=family)
-    space = enumerate_space(
-        job.profile.model, machines, global_batch_size=4, num_layers=5, pins=pins, micro_batch_sizes=(1,)
-    )
+    space = enumerate_space(Dimensions(job.profile.model, machines, 4, 8, 5, (1,)), pins)
     assert {priced.family for priced in search(job, space, pins, time_limit_s=20, seed=0).ranked} == {family}

@@ -1,0 +1,150 @@
+"""From what a search found to a Plan: everything is written down that a reader, or a training job, will ask for."""
+
+from hashlib import sha256
+from importlib.metadata import version
+
+from planner.memory import RESERVE_FRACTION
+from planner.plans import Alternative, Certificate, Layout, Plan, Prediction, Provenance
+from planner.pricing import Job, PricedLayout
+from planner.search import SearchResult
+from profiles.facts import canonical_json
+
+NUM_ALTERNATIVES = 5
+
+
+def assemble(
+    job: Job,
+    result: SearchResult,
+    *,
+    beside: list[tuple[str, PricedLayout]],
+    scope: str,
+    schedule_bound_us: float,
+    time_limit_s: float,
+    seed: int,
+    command: str,
+) -> Plan:
+    """The plan of the best layout found, with the labelled layouts of `beside` for comparison.
+
+    `scope` says over what the certificate holds; `schedule_bound_us` bounds the pipeline time of the best cut.
+    """
+    best, timeline = result.ranked[0], result.ranked[0].timeline
+    flops = job.profile.model.step_flops(job.global_batch_size, job.sequence_length)
+    return Plan(
+        model=job.profile.model,
+        architecture=job.profile.architecture,
+        sequence_length=job.sequence_length,
+        global_batch_size=job.global_batch_size,
+        dtype=job.dtype,
+        layout=_layout(best),
+        stages=best.cut.stages,
+        family=best.family,
+        schedule=best.schedule.to_lines(),
+        prediction=Prediction(
+            step_time_us=best.step_us,
+            pipeline_us=timeline.makespan_us,
+            exposed_data_parallel_us=best.data_parallel_us,
+            optimizer_us=best.optimizer_us,
+            bubble_rate_span=timeline.bubble_rate_span,
+            bubble_rate_makespan=timeline.bubble_rate_makespan,
+            model_flops=flops,
+            mfu=_mfu(job, flops, best.step_us),
+            tokens_per_s=job.global_batch_size * job.sequence_length / (best.step_us / 1e6),
+            memory=best.memory,
+        ),
+        certificate=_certificate(best, result, scope, schedule_bound_us, time_limit_s, seed),
+        alternatives=tuple(
+            Alternative(
+                label=label,
+                layout=_layout(priced).degrees,
+                family=priced.family,
+                step_time_us=priced.step_us,
+                mfu=_mfu(job, flops, priced.step_us),
+                peak_memory_bytes=priced.peak_memory_bytes,
+            )
+            for label, priced in beside[:NUM_ALTERNATIVES]
+        ),
+        provenance=Provenance(
+            pipewright_version=version("pipewright"),
+            command=command,
+            cluster=job.cluster.name,
+            device=" + ".join(dict.fromkeys(g.device.name for g in job.cluster.groups)),
+            profile_origin=f"{job.profile.origin.kind}, {job.profile.origin.device}: {job.profile.origin.how}",
+            profile_sha256=sha256(canonical_json(job.profile).encode()).hexdigest(),
+            cluster_sha256=sha256(canonical_json(job.cluster).encode()).hexdigest(),
+            assumptions=_assumptions(job),
+        ),
+    )
+
+
+def distinct(ranked: list[PricedLayout], *, besides: PricedLayout) -> list[PricedLayout]:
+    """The best layout of each (tp, pp, dp, v) but that of `besides`, best first."""
+    seen = {besides.candidate[:4]}
+    others = []
+    for priced in ranked:
+        if priced.candidate[:4] not in seen:
+            seen.add(priced.candidate[:4])
+            others.append(priced)
+    return others
+
+
+def _certificate(
+    best: PricedLayout, result: SearchResult, scope: str, schedule_bound_us: float, time_limit_s: float, seed: int
+) -> Certificate:
+    gap = (best.step_us - result.lower_bound_us) / best.step_us
+    return Certificate(
+        objective_us=best.step_us,
+        lower_bound_us=result.lower_bound_us,
+        lower_bound_kind=f"step-time floor over {scope}",
+        gap=gap,
+        status="optimal" if gap == 0 else "feasible",
+        schedule_solver=best.solver,
+        schedule_lower_bound_us=min(schedule_bound_us, best.timeline.makespan_us),
+        num_candidates=result.num_candidates,
+        num_evaluated=result.num_evaluated,
+        num_overflowing=result.num_overflowing,
+        num_pruned=result.num_pruned,
+        num_unreached=result.num_unreached,
+        refused=dict(result.refused),
+        dropped=dict(result.dropped),
+        interrupted=result.interrupted,
+        limited_by_time=result.limited_by_time,
+        seconds=round(result.seconds, 3),
+        seed=seed,
+        time_limit_s=time_limit_s,
+    )
+
+
+def _mfu(job: Job, flops: float, step_us: float) -> float:
+    peak = sum(g.num_devices * g.device.peak_flops.get(job.dtype, 0.0) for g in job.cluster.groups)
+    return flops / (step_us / 1e6) / peak if peak else 0.0
+
+
+def _layout(priced: PricedLayout) -> Layout:
+    c = priced.candidate
+    return Layout(
+        tp=c.tp,
+        pp=c.pp,
+        dp=c.dp,
+        virtual_stages=c.virtual_stages,
+        micro_batch_size=c.micro_batch_size,
+        num_microbatches=c.num_microbatches,
+        zero_stage=c.zero_stage,
+        recompute=c.recompute,
+        layers_per_stage=priced.cut.layers_per_stage,
+        rank_of_stage=priced.cut.rank_of_stage,
+        devices=tuple(range(c.tp * c.pp * c.dp)),
+    )
+
+
+def _assumptions(job: Job) -> tuple[str, ...]:
+    notes = [
+        f"costs {job.profile.origin.kind} for {job.profile.origin.device};",
+        "data-parallel traffic is not overlapped;",
+        f"{RESERVE_FRACTION:.0%} of device memory is kept free;",
+        "processes are laid out tensor-parallel first, then data, then pipeline.",
+    ]
+    if len(job.cluster.groups) > 1:
+        notes.append("The cluster is mixed: every stage is priced on its slowest device.")
+    if job.profile.links is not None:
+        notes.append("Transfers as measured with the profile.")
+    return tuple(notes)
