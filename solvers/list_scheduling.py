@@ -178,13 +178,15 @@ class Simulator:
                 elif kind == _WEIGHT:
                     held[rank] -= kept[s]
 
-            back_stage, next_back = -1, _FAR
+            back_stage, next_back, back_needs_room = -1, _FAR, False
             for s in down_first[rank]:
                 j = started_b[s]
                 if j < m:
                     arrival = arrives_b[s][j]
                     if arrival > now:
                         next_back = min(next_back, arrival)
+                    elif held[rank] + extra[s] > capacity[rank]:
+                        back_needs_room = True
                     elif back_stage < 0:
                         back_stage = s
             forward_stage, next_forward = -1, _FAR
@@ -211,8 +213,8 @@ class Simulator:
                     if pending > most_pending:
                         weight_stage, most_pending = s, pending
 
-            if back_stage >= 0 and held[rank] + extra[back_stage] > capacity[rank]:
-                kind, s = _WEIGHT, weight_stage  # one is pending, else the promise leaves room for `extra`
+            if back_needs_room and back_stage < 0 and weight_stage >= 0:
+                kind, s = _WEIGHT, weight_stage
             elif back_stage >= 0 and not (
                 forward_stage >= 0 and started_f[forward_stage] - started_b[forward_stage] < warm_up[forward_stage]
             ):
