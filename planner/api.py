@@ -80,7 +80,7 @@ def plan(
         )
         result.interrupted |= free.interrupted
         result.limited_by_time |= free.limited_by_time
-        beside = [*_beside_pinned(best, free.ranked), *beside]
+        beside = _beside_pinned(best, free.ranked)
     scope = "all layouts within the pins" if pins.any else "all layouts"
     scope += ", the fixed families and solver-made orders" if family == "auto" else f" under {family}"
     return assemble(
@@ -99,7 +99,7 @@ def _beside_pinned(best: PricedLayout, free: list[PricedLayout]) -> list[tuple[s
     """The layouts of a search without pins, the best of them named, unless it is the pinned one."""
     if free[0].candidate == best.candidate:
         return [("", priced) for priced in distinct(free, besides=best)]
-    others = [priced for priced in distinct(free, besides=free[0]) if priced.candidate[:4] != best.candidate[:4]]
+    others = [priced for priced in distinct(free, besides=free[0]) if priced.candidate[:3] != best.candidate[:3]]
     return [("best without pins", free[0]), *(("", priced) for priced in others)]
 
 

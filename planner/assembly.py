@@ -77,12 +77,12 @@ def assemble(
 
 
 def distinct(ranked: list[PricedLayout], *, besides: PricedLayout) -> list[PricedLayout]:
-    """The best layout of each (tp, pp, dp, v) but that of `besides`, best first."""
-    seen = {besides.candidate[:4]}
+    """The best layout of each (tp, pp, dp) but that of `besides`, best first."""
+    seen = {besides.candidate[:3]}
     others = []
     for priced in ranked:
-        if priced.candidate[:4] not in seen:
-            seen.add(priced.candidate[:4])
+        if priced.candidate[:3] not in seen:
+            seen.add(priced.candidate[:3])
             others.append(priced)
     return others
 

@@ -24,6 +24,7 @@ from solvers.pipeline import PipelineSolution
 from solvers.status import Status
 
 SOLVER_ACTION_LIMIT = 40_000  # beyond this many actions only the fixed families are tried
+NUM_RUNNERS_UP = 5  # other layouts that are priced, if there are any, though they cannot win
 NUM_POLISHED = 2  # best candidates that get a solver-made schedule
 _PRICING_SHARE = 0.6  # of the time limit; what is left goes to second tries, then to solvers
 _SECOND_TRY_SHARE = 0.75
@@ -132,6 +133,7 @@ class _Search:
                 heapq.heappush(self.queue, (node.floor_us, index, node))
             self._price_and_try_again()
             self._polish()
+            self._price_runners_up()
         except KeyboardInterrupt:
             if not self.best:
                 raise
@@ -321,6 +323,17 @@ class _Search:
             better, solution = self.pricer.solve_order(priced.cut, solver="auto", time_limit_s=share, seed=self.seed)
             self._keep(better)
             self._note_end(solution)
+
+    def _price_runners_up(self) -> None:
+        """Price the most promising of what was pruned, one of each (tp, pp, dp), for readers to compare with."""
+        shown = {candidate[:3] for candidate in self.best}
+        for _, _, node in sorted(self.queue):
+            if len(shown) > NUM_RUNNERS_UP or self._elapsed_s() > self.time_limit_s or self.result.interrupted:
+                return
+            if node.candidate[:3] not in shown:
+                for family in node.families:
+                    if self._keep(self.pricer.price_family(node.candidate, node.layers, family)):
+                        shown.add(node.candidate[:3])
 
     def _keep(self, priced: PricedLayout | None) -> bool:
         """Remember a priced layout if it fits and is the best of its candidate; whether it fits."""

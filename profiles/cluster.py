@@ -1,12 +1,14 @@
 """What is known about machines: devices, links, and how a cluster is put together."""
 
 from functools import cached_property
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import networkx as nx
 from pydantic import Field, model_validator
 
 from profiles.facts import Bytes, Count, Dtype, Facts, Fraction, NonNegative, Positive
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class Link(Facts):
@@ -117,12 +119,14 @@ class Cluster(Facts):
                 on_the_way.append(self.inter_pod)
         return min(on_the_way, key=lambda link: link.bandwidth_bytes_per_s * link.efficiency)
 
-    def graph(self) -> nx.Graph:
+    def graph(self) -> "nx.Graph":
         """Devices, nodes and pods as a tree with a `link` on every edge.
 
         Vertices are ("device", i), ("node", n), ("pod", k) and ("cluster", 0); the link of an edge is what
         one device gets when its traffic takes that edge.
         """
+        import networkx as nx  # slow to load, and most callers ask for no graph
+
         graph = nx.Graph(name=self.name)
         per_pod = self.nodes_per_pod or self.num_nodes
         for device, node in enumerate(self.node_of_device):
