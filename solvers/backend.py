@@ -50,7 +50,7 @@ class Backend(Protocol):
 
 
 def infeasible(solver: str, seed: int, seconds: float) -> PipelineSolution:
-    """The answer to a problem in which one microbatch alone does not fit, which `PipelineProblem.is_feasible` decides exactly."""
+    """The answer when one microbatch alone does not fit, which `PipelineProblem.is_feasible` decides exactly."""
     return PipelineSolution(
         status=Status.INFEASIBLE,
         order=None,

@@ -182,8 +182,9 @@ def _tail_idle_us(
 def _most_value(states: Sequence[tuple[int, int]], count: int, capacity: int | None) -> int:
     """Upper bound on the total value of `count` states whose bytes sum to at most `capacity` (None: no limit).
 
-    States are (bytes, value), (0, 0) among them. Exact when at most two states are worth taking; else the linear
-    relaxation, rounded down: all start in the best state of 0 bytes and climb the upper concave hull, steepest edge first.
+    States are (bytes, value), (0, 0) among them. Exact when at most two states are worth taking; else
+    the linear relaxation, rounded down: all start in the best state of 0 bytes and climb the upper concave hull,
+    steepest edge first.
     """
     if capacity is None:
         return count * max(value for _, value in states)
@@ -221,10 +222,10 @@ def memory_energy_bound_us(problem: PipelineProblem) -> int:
     """Every microbatch occupies bytes × lifetime on a rank; the capacity × the horizon must cover it.
 
     On stage s a microbatch holds M_B from the start of its F to the end of its back op, at least
-    L = F + (way up from s and down again) + back, and M_W while its W runs. Per rank, `_energy_by_bytes_us` adds the areas
-    of all chunks; with one chunk `_energy_by_count_us` counts microbatches, so that capacity which is no
-    multiple of M_B is not used. Both subtract what the horizon's ends cannot use: at its start memory fills no
-    faster than F run, at its end it empties no faster than backwards run. The makespan adds the time before
+    L = F + (way up from s and down again) + back, and M_W while its W runs. Per rank, `_energy_by_bytes_us` adds
+    the areas of all chunks; with one chunk `_energy_by_count_us` counts microbatches, so that capacity which is
+    no multiple of M_B is not used. Both subtract what the horizon's ends cannot use: at its start memory fills
+    no faster than F run, at its end it empties no faster than backwards run. The makespan adds the time before
     F(s_1, 0) can start, when r holds nothing.
     """
     if problem.capacity_bytes is None:
@@ -275,13 +276,14 @@ def _energy_by_count_us(problem: PipelineProblem, chains: Chains, rank: int) -> 
 def _energy_by_bytes_us(problem: PipelineProblem, chains: Chains, rank: int) -> int:
     """The memory-energy bound of a rank in bytes, any number of chunks.
 
-    Let u be the bytes held by microbatches between F start and back op end, plus min(M_B, M_W) of the microbatch whose W
-    runs now. u is at most what is held, so at most the capacity rounded down to a multiple of all sizes' greatest
-    common divisor, and at most m·ΣM_B; over the horizon it sums to at least Σ_chunks m·(M_B·L + min(M_B, M_W)·W). Ends: t
-    after the start, the forwards that have ended took at most t, so u ≤ ρ·t + max M_B with ρ = max M_B / F. t
-    before the end, all microbatches in u have back op and W to run, at most one back op already begun, so
-    u ≤ σ·(t + that back op) with σ = max M_B / (back + W), or, while a W runs, u ≤ σ·t + min(M_B, M_W). The area
-    above these lines is lost; the two triangles are cut to fit side by side into the rank's work.
+    Let u be the bytes held by microbatches between F start and back op end, plus min(M_B, M_W) of the microbatch
+    whose W runs now. u is at most what is held, so at most the capacity rounded down to a multiple of all sizes'
+    greatest common divisor, and at most m·ΣM_B; over the horizon it sums to at least
+    Σ_chunks m·(M_B·L + min(M_B, M_W)·W). Ends: t after the start, the forwards that have ended took at most t, so
+    u ≤ ρ·t + max M_B with ρ = max M_B / F. t before the end, all microbatches in u have back op and W to run, at
+    most one back op already begun, so u ≤ σ·(t + that back op) with σ = max M_B / (back + W), or, while a W runs,
+    u ≤ σ·t + min(M_B, M_W). The area above these lines is lost; the two triangles are cut to fit side by side
+    into the rank's work.
     """
     assert problem.capacity_bytes is not None
     stages, m = problem.stages_of_rank[rank], problem.num_microbatches

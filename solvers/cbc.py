@@ -1,11 +1,11 @@
 """The zero-bubble paper's integer program, in PuLP for CBC: for small sizes, and as a second opinion on CP-SAT.
 
-After Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024 (arXiv 2401.10241): a start time per op; for every two ops
-of a rank whose order the precedences leave open, a binary that says which comes first, and two big-M rows; memory at
-an op as the sum of what the ops before it took and gave back; a row per op that lets the cost cover the op's end and all
-work of its rank behind it. We depart in four ways: any number of chunks and a capacity per rank; big-M is the
-incumbent's cost, which no two ops of a rank are further apart than; the bound of `solvers.bounds` is the cost's lower
-limit; the cost is whole µs.
+After Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024 (arXiv 2401.10241): a start time per op; for every
+two ops of a rank whose order the precedences leave open, a binary that says which comes first, and two big-M rows;
+memory at an op as the sum of what the ops before it took and gave back; a row per op that lets the cost cover the
+op's end and all work of its rank behind it. We depart in four ways: any number of chunks and a capacity per rank;
+big-M is the incumbent's cost, which no two ops of a rank are further apart than; the bound of `solvers.bounds` is
+the cost's lower limit; the cost is whole µs.
 
 The binaries grow as 3·p·m·(m-1)/2 for one chunk per rank; CBC handles a few hundred.
 """
@@ -64,7 +64,7 @@ class Cbc:
         workers: int = 2,
         bound: Bound | None = None,
     ) -> PipelineSolution:
-        """Solve to the end, the limit or Ctrl-C; NO_SOLUTION, with the reason in `note`, if the problem is too large."""
+        """Solve to the end, the limit or Ctrl-C; NO_SOLUTION, and the reason in `note`, if the problem is too large."""
         del workers, on_progress  # CBC does not report on its way
         began = time.monotonic()
         if not problem.is_feasible():

@@ -7,10 +7,10 @@ M_B from F start to W end and M_W − M_B from B start to W end. Times and bytes
 common divisors.
 
 Horizon. For the makespan, the incumbent's. For the span: in any schedule F(S-1, 0) lies inside the window of every
-rank, since each rank has an op before it and an op after it (or is its host), so no rank starts earlier than C before its
-start or ends later than C after it. Fixing that start at an upper bound of C, all ops lie between 0 and twice that.
+rank, since each rank has an op before it and an op after it (or is its host), so no rank starts earlier than C before
+its start or ends later than C after it. Fixing that start at an upper bound of C, all ops lie between 0 and 2·C.
 
-The lower bound of `solvers.bounds` goes into the model; the solver's own may be larger, and the answer says which counts.
+The lower bound of `solvers.bounds` goes into the model; the solver's own may be larger, and the answer says which.
 """
 
 import queue

@@ -1,8 +1,8 @@
 """List scheduling: run the pipeline in thought, every free rank choosing its next op by a rule; keep the best rule.
 
 About a microsecond per op, so hundreds of rules can be tried: first a small family that covered our even and uneven
-test instances (each rule was the best on some of them), then hill climbing from its best members, changing
-the rules stage by stage. Always finds an order if there is one, proves nothing by itself: the bound is that of `solvers.bounds`.
+test instances (each rule was the best on some of them), then hill climbing from its best members, changing the rules
+stage by stage. Finds an order whenever there is one, proves nothing by itself: the bound is that of `solvers.bounds`.
 
 A rule sees the time now, what has arrived, and what is known to arrive because its producer is already running. An
 F or W that would keep a known backward waiting is held back, more or less, as the rule's slack says.
@@ -85,8 +85,8 @@ _FAMILY = (
 def rule_family(problem: PipelineProblem) -> list[Rule]:
     """The rules tried first, best covering ones first, without repetitions.
 
-    In flight: "window" is a share of the forwards that would fill the way up and down; "ladder" one more on each stage than
-    on the next; "even" a ladder whose slope just fills the tightest rank's memory; "memory" all that fits.
+    In flight: "window" is a share of the forwards that would fill the way up and down; "ladder" one more on each
+    stage than on the next; "even" a ladder whose slope just fills the tightest rank's memory; "memory" all that fits.
     """
     num_stages, m = problem.num_stages, problem.num_microbatches
     chains = Chains(problem)
@@ -266,7 +266,7 @@ class Simulator:
     def _can_finish(
         self, rank: int, stage: int, started_f: Sequence[int], started_b: Sequence[int], after: int
     ) -> bool:
-        """Banker's rule on one rank: with one more F of `stage`, do the microbatches in flight still fit, oldest first?"""
+        """Banker's rule on one rank: with one more F of `stage`, can all in flight be finished, oldest first?"""
         problem = self.problem
         capacity, take, extra = self._capacity[rank], problem.activation_bytes, problem.extra_bytes
         chunks = problem.stages_of_rank[rank]
@@ -396,7 +396,7 @@ class ListScheduling:
     ) -> PipelineSolution:
         """Try rules until the bound is met or the work or the time is used up; at least one rule is always tried.
 
-        `hint` is returned if nothing better is found; `workers` is ignored. Ctrl-C ends the search with the best so far.
+        `hint` is returned if nothing better is found; `workers` is ignored. Ctrl-C returns the best so far.
         """
         del workers
         began = time.monotonic()

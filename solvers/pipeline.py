@@ -10,13 +10,13 @@ such that  F(s, j) starts transfer_us[s-1] or more after F(s-1, j) ends;
 A stage that is not split runs backward and weight as one op, BW, of backward + weight µs.
 
 Memory: F takes activation_bytes (M_B) when it starts. B gives back M_B − M_W when it ends, W gives back M_W
-(weight_activation_bytes) when it ends, BW gives back M_B when it ends. Where M_W > M_B, B takes the difference when it starts
-and gives nothing back. A rank is sequential, so its order alone determines how much it holds.
+(weight_activation_bytes) when it ends, BW gives back M_B when it ends. Where M_W > M_B, B takes the difference when
+it starts and gives nothing back. A rank is sequential, so its order alone determines how much it holds.
 
-Microbatches are interchangeable. In any schedule, call the k-th F to start on a stage microbatch k, likewise the k-th
-B and the k-th W: if k ops of a stage have started then k distinct producers had ended, so the k-th producer had, and every
-precedence still holds at the same times; memory only counts ops. So without loss F, B and W each run in microbatch order on
-every stage, and all backends search only such orders. `PipelineProblem.canonical` does the renaming.
+Microbatches are interchangeable. In any schedule, call the k-th F to start on a stage microbatch k, likewise the
+k-th B and the k-th W: if k ops of a stage have started then k distinct producers had ended, so the k-th producer had,
+and every precedence still holds at the same times; memory only counts ops. So without loss F, B and W each run in
+microbatch order on every stage, and all backends search only such orders. `PipelineProblem.canonical` renames.
 
 Everything is whole µs and whole bytes. Nothing here reads a file, a clock or a solver.
 """
@@ -205,9 +205,9 @@ class PipelineProblem:
     def single_microbatch_bytes(self) -> tuple[int, ...]:
         """The least capacity with which every rank can run at all; shape (p,).
 
-        When B(s, j) of a rank's i-th chunk starts, microbatch j still holds M_B on the rank's chunks up to i, and B's extra.
-        Every schedule holds that at some time, and running one microbatch after the other, each W right behind
-        its B, never holds more: so a problem is feasible iff no rank has less than this.
+        When B(s, j) of a rank's i-th chunk starts, microbatch j still holds M_B on the rank's chunks up to i, and
+        B's extra. Every schedule holds that at some time, and running one microbatch after the other, each W right
+        behind its B, never holds more: so a problem is feasible iff no rank has less than this.
         """
         least = []
         for stages in self.stages_of_rank:
@@ -313,7 +313,8 @@ class PipelineProblem:
                     )
                 if self.rank_of_stage[stage] != rank:
                     raise ValueError(
-                        f"rank {rank}, step {step}: {Op(*op)} belongs to rank {self.rank_of_stage[stage]}, which hosts stage {stage}"
+                        f"rank {rank}, step {step}: {Op(*op)} belongs to rank {self.rank_of_stage[stage]}, "
+                        f"which hosts stage {stage}"
                     )
                 if op in node_of:
                     raise ValueError(f"rank {rank}, step {step}: {Op(*op)} runs a second time")
@@ -356,8 +357,8 @@ class PipelineProblem:
         rank, step, op = flat[node]
         other_rank, other_step, other = flat[graph.wait_for[node]]
         return (
-            f"the order deadlocks: rank {rank}, step {step}: {Op(*op)} waits for {Op(*other)}, which is step {other_step} of "
-            f"rank {other_rank} and never runs"
+            f"the order deadlocks: rank {rank}, step {step}: {Op(*op)} waits for {Op(*other)}, which is step "
+            f"{other_step} of rank {other_rank} and never runs"
         )
 
 

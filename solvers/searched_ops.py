@@ -1,7 +1,7 @@
 """The ops that exact models decide about, and their precedences: the same for CP-SAT and CBC.
 
-A searched op is (kind, stage, microbatch) with kind "F", "B" or "W". "B" is the stage's back op: BW where the stage is not split,
-and B with its W right behind it where the W takes no time. Every searched op takes time.
+A searched op is (kind, stage, microbatch) with kind "F", "B" or "W". "B" is the stage's back op: BW where the stage
+is not split, and B with its W right behind it where the W takes no time. Every searched op takes time.
 """
 
 from collections.abc import Callable, Iterator

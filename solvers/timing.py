@@ -70,7 +70,7 @@ class TimingGraph:
         return order
 
     def earliest_starts_us(self, order: Sequence[int], release_us: Sequence[int]) -> list[int]:
-        """Start of every node when all run as soon as possible; rank r starts nothing before release_us[r]. Shape (N,)."""
+        """Start of every node, as soon as possible but nothing on rank r before release_us[r]; shape (N,)."""
         duration_us, wait_for, delay_us = self.duration_us, self.wait_for, self.delay_us
         rank_start = {self.first[r]: release_us[r] for r in range(self.num_ranks)}
         start_us = [0] * len(duration_us)
