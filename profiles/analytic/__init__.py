@@ -72,9 +72,7 @@ def _assumptions(device: DeviceSpec, attention: AttentionKernel) -> str:
     )
 
 
-def _group(
-    name: str, kind: LayerKind, count: int, shards: Sequence[Shard], layers: Sequence[Layer]
-) -> LayerGroup:
+def _group(name: str, kind: LayerKind, count: int, shards: Sequence[Shard], layers: Sequence[Layer]) -> LayerGroup:
     profiles = tuple(_layer_profile(kind, shard, layer) for shard, layer in zip(shards, layers, strict=True))
     return LayerGroup(name=name, kind=kind, count=count, profiles=profiles)
 

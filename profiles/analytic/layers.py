@@ -21,9 +21,7 @@ def dense_block(shard: Shard) -> Layer:
         *_attention_half(shard),
         shard.norm("mlp norm"),
         shard.collective("gather"),
-        *_feed_forward(
-            shard, "mlp", shard.spec.ffn_size, kept_inputs=shard.spec.hidden_size / shard.variant.tp
-        ),
+        *_feed_forward(shard, "mlp", shard.spec.ffn_size, kept_inputs=shard.spec.hidden_size / shard.variant.tp),
         shard.collective("scatter"),
         shard.residual("mlp residual"),
     )
@@ -169,9 +167,7 @@ def _latent_attention_half(shard: Shard, latent: LatentAttention) -> Layer:
         shard.norm("query latent norm", latent.q_lora_rank),
         shard.norm("key-value latent norm", latent.kv_lora_rank),
         shard.collective("gather latents", tokens * down * shard.element_bytes),
-        shard.linear(
-            "query up", latent.q_lora_rank, query, kept_inputs=latent.q_lora_rank / tp, kept_outputs=query
-        ),
+        shard.linear("query up", latent.q_lora_rank, query, kept_inputs=latent.q_lora_rank / tp, kept_outputs=query),
         shard.linear(
             "key-value up",
             latent.kv_lora_rank,

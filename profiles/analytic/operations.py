@@ -149,8 +149,7 @@ class Shard:
             name,
             forward_us=machine.matmul_us(group_rows, outputs, inputs, groups=groups),
             backward_us=machine.matmul_us(group_rows, inputs, outputs, groups=groups),
-            weight_us=machine.matmul_us(inputs, outputs, group_rows, groups=groups)
-            + self.accumulate_us(weights),
+            weight_us=machine.matmul_us(inputs, outputs, group_rows, groups=groups) + self.accumulate_us(weights),
             forward_flops=flops,
             backward_flops=flops,
             weight_flops=flops,
@@ -189,9 +188,7 @@ class Shard:
         width = self.spec.hidden_size if width is None else width
         size = self.num_tokens * width * self.element_bytes / self.variant.tp
         num_parameters = width * (2 if self.spec.norm == "layernorm" else 1)
-        return self.elementwise(
-            name, forward=2 * size, backward=3 * size, saved=size, num_parameters=num_parameters
-        )
+        return self.elementwise(name, forward=2 * size, backward=3 * size, saved=size, num_parameters=num_parameters)
 
     def residual(self, name: str) -> Operation:
         """The sum with the residual after dropout; in B two gradients are summed. Keeps the mask."""
@@ -210,9 +207,7 @@ class Shard:
         """GeLU of `width` values per row, or silu(gate) · up of two times as many. Keeps what it read."""
         size = rows * width * self.element_bytes
         read = 2 * size if self.spec.gated_mlp else size
-        return self.elementwise(
-            name, forward=read + size, backward=2 * read + size, saved=read, transient=read + size
-        )
+        return self.elementwise(name, forward=read + size, backward=2 * read + size, saved=read, transient=read + size)
 
     def attention(self, qk_dim: int, value_dim: int, kv_heads: int) -> Operation:
         """softmax(Q Kᵀ) V, causal, for the heads of this device; without weights, so all of it is F and B.

@@ -121,9 +121,7 @@ def test_a_microbatch_takes_what_the_zero_bubble_paper_measured_and_w_is_the_sho
     got_forward = sum(layer.forward_us for layer in layers) / 8e3
     got_backward = sum(layer.backward_input_us for layer in layers) / 8e3
     got_weight = sum(layer.backward_weight_us for layer in layers) / 8e3
-    assert got_forward + got_backward + got_weight == pytest.approx(
-        forward_ms + backward_ms + weight_ms, rel=0.10
-    )
+    assert got_forward + got_backward + got_weight == pytest.approx(forward_ms + backward_ms + weight_ms, rel=0.10)
     assert got_forward == pytest.approx(forward_ms, rel=0.20)
     assert got_backward == pytest.approx(backward_ms, rel=0.20)
     assert got_weight == pytest.approx(weight_ms, rel=0.25)
@@ -226,9 +224,7 @@ def test_a_gpt_block_holds_what_korthikanti_counts(tp: int) -> None:
     flash = first_block(profile_one(GPT_22B, A100, variant))
     row_statistics = 4 * a * s * b // tp
     assert flash.activation_bytes == s * b * h * 34 // tp + row_statistics
-    recomputed = first_block(
-        profile_one(GPT_22B, A100, make_variant(b, s, tp=tp, dtype="float16", recompute="full"))
-    )
+    recomputed = first_block(profile_one(GPT_22B, A100, make_variant(b, s, tp=tp, dtype="float16", recompute="full")))
     assert recomputed.activation_bytes == 2 * s * b * h // tp
 
 
@@ -354,9 +350,7 @@ def test_dense_blocks_and_blocks_with_experts_are_groups_of_their_own() -> None:
 def test_fewer_key_value_heads_than_devices_are_held_more_than_once() -> None:
     spec = catalog.model("llama-3.1-8b")  # 32 heads, 8 of keys and values
     qkv = {
-        tp: next(
-            o for o in layers_of(spec, make_variant(1, 8192, tp=tp))[1] if o.name == "qkv"
-        ).num_parameters
+        tp: next(o for o in layers_of(spec, make_variant(1, 8192, tp=tp))[1] if o.name == "qkv").num_parameters
         for tp in (8, 16)
     }
     assert qkv == {8: 4096 * 128 * (4 + 2), 16: 4096 * 128 * (2 + 2)}
@@ -378,9 +372,7 @@ def test_equal_arguments_give_equal_files_and_variants_given_twice_count_once() 
 
 
 def test_a_dtype_that_the_device_lacks_is_refused_with_those_it_has() -> None:
-    with pytest.raises(
-        ProfileError, match=r"'v100-32gb' has no peak FLOP/s for dtype 'bfloat16', only for .*float16"
-    ):
+    with pytest.raises(ProfileError, match=r"'v100-32gb' has no peak FLOP/s for dtype 'bfloat16', only for .*float16"):
         profile_one(catalog.model("gpt2"), catalog.device("v100-32gb"), make_variant(1, 1024))
 
 
@@ -498,16 +490,12 @@ def test_times_are_positive_and_fused_backward_is_the_sum_of_its_parts(
 def test_b_and_w_of_linear_layers_do_twice_the_flops_of_f(spec: ModelSpec, variant: Variant) -> None:
     for layer in layers_of(spec, variant):
         linear = [operation for operation in layer if operation.weight_flops]
-        assert sum(o.backward_flops + o.weight_flops for o in linear) == 2 * sum(
-            o.forward_flops for o in linear
-        )
+        assert sum(o.backward_flops + o.weight_flops for o in linear) == 2 * sum(o.forward_flops for o in linear)
 
 
 @given(specs(), devices, variants)
 @laws
-def test_more_samples_take_more_time_and_more_memory(
-    spec: ModelSpec, device: DeviceSpec, variant: Variant
-) -> None:
+def test_more_samples_take_more_time_and_more_memory(spec: ModelSpec, device: DeviceSpec, variant: Variant) -> None:
     more = variant.model_copy(update={"micro_batch_size": variant.micro_batch_size + 1})
     profile = profile_model(spec, device, [variant, more], tp_link=device.scale_up)
     for small, large in zip(profile.at(variant), profile.at(more), strict=True):
@@ -530,9 +518,7 @@ def test_memory_of_dense_blocks_is_divided_by_tp_but_for_repeated_key_value_head
     group = profile.layers[1]
     split, whole = group.at(variant), group.at(alone)
     assert split.activation_bytes * variant.tp == pytest.approx(whole.activation_bytes, rel=1e-6)
-    assert split.weight_activation_bytes * variant.tp == pytest.approx(
-        whole.weight_activation_bytes, rel=1e-6
-    )
+    assert split.weight_activation_bytes * variant.tp == pytest.approx(whole.weight_activation_bytes, rel=1e-6)
     assert split.parameter_bytes * variant.tp == pytest.approx(whole.parameter_bytes, rel=0.01)
     assert split.output_bytes * variant.tp == whole.output_bytes
 

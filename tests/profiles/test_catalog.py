@@ -263,9 +263,7 @@ def test_the_mixed_cluster_is_as_fast_between_nodes_as_its_slower_device():
         ("01x3xl40s", 1, 3, "l40s"),
     ],
 )
-def test_a_shorthand_gives_nodes_of_a_device_with_the_links_of_that_device(
-    text, num_nodes, per_node, device_name
-):
+def test_a_shorthand_gives_nodes_of_a_device_with_the_links_of_that_device(text, num_nodes, per_node, device_name):
     one = load_cluster(text)
     spec = device(device_name)
     assert one.name == text

@@ -86,9 +86,7 @@ def model_profile(*groups):
 
 
 def node_group(num_nodes, devices_per_node, intra_node=LINK):
-    return NodeGroup(
-        device=DEVICE, num_nodes=num_nodes, devices_per_node=devices_per_node, intra_node=intra_node
-    )
+    return NodeGroup(device=DEVICE, num_nodes=num_nodes, devices_per_node=devices_per_node, intra_node=intra_node)
 
 
 # Files
@@ -128,9 +126,7 @@ def test_versioned_files_carry_their_schema(tmp_path):
 
 
 def profile_text(**changes):
-    data = json.loads(
-        model_profile(layer_group("embedding"), layer_group("block", count=3)).model_dump_json()
-    )
+    data = json.loads(model_profile(layer_group("embedding"), layer_group("block", count=3)).model_dump_json())
     return data | changes
 
 
@@ -290,9 +286,7 @@ def test_experts_are_counted_in_full_and_per_token():
 
 
 def test_latent_attention_is_counted_by_hand():
-    latent = LatentAttention(
-        q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=4
-    )
+    latent = LatentAttention(q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=2, v_head_dim=4)
     spec = ModelSpec(**(SPEC.model_dump() | {"latent_attention": latent}))
     query = 10 * 6 + 6 * 4 * (3 + 2)
     key_value = 10 * (5 + 2) + 5 * 4 * (3 + 4)
