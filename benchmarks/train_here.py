@@ -69,8 +69,8 @@ def main(
     out.print(
         f"{shape.num_layers} blocks, hidden {shape.hidden_size}, vocabulary {shape.vocab_size}, sequence "
         f"{sequence_length}, global batch {global_batch_size}, {steps} steps of AdamW, seed {seed}; measured = median "
-        f"without the first {report.num_skipped_steps}; float32; {profile.origin.device}, {os.cpu_count()} cores, 1 thread "
-        f"per process; profile: {profile.origin.how}"
+        f"without the first {report.num_skipped_steps}; float32; {profile.origin.device}, {os.cpu_count()} cores, "
+        f"1 thread per process; profile: {profile.origin.how}"
     )
 
 
