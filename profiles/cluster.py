@@ -119,7 +119,7 @@ class Cluster(Facts):
                 on_the_way.append(self.inter_pod)
         return min(on_the_way, key=lambda link: link.bandwidth_bytes_per_s * link.efficiency)
 
-    def graph(self) -> "nx.Graph":
+    def graph(self) -> "nx.Graph[tuple[str, int]]":
         """Devices, nodes and pods as a tree with a `link` on every edge.
 
         Vertices are ("device", i), ("node", n), ("pod", k) and ("cluster", 0); the link of an edge is what
@@ -127,7 +127,7 @@ class Cluster(Facts):
         """
         import networkx as nx  # slow to load, and most callers ask for no graph
 
-        graph = nx.Graph(name=self.name)
+        graph: nx.Graph[tuple[str, int]] = nx.Graph(name=self.name)
         per_pod = self.nodes_per_pod or self.num_nodes
         for device, node in enumerate(self.node_of_device):
             graph.add_edge(("device", device), ("node", node), link=self.group_of_node(node).intra_node)
