@@ -6,23 +6,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner.assembly import assemble, distinct
+from planner.assembly import assemble, runners_up
 from planner.cost import Network, slowest_group
-from planner.errors import LayoutError
+from planner.errors import LayoutError, PlanError, ScheduleError
 from planner.layout import Dimensions, Pins, enumerate_space
 from planner.plans import Plan, ZeroStage
 from planner.pricing import Job, PricedLayout, Pricer
 from planner.schedule.families import get_family
-from planner.search import SearchProgress, search
+from planner.search import SearchProgress, SearchResult, search
 from planner.verify import verify
 from profiles.analytic import profile_model
 from profiles.catalog import load_cluster, load_model_spec
 from profiles.cluster import Cluster
 from profiles.errors import ProfileError
-from profiles.facts import parse_facts, read_text
+from profiles.facts import is_file, parse_facts, read_text
 from profiles.model import BYTES_PER_ELEMENT, Dtype, ModelProfile, ModelSpec, Recompute
 
 DEFAULT_TIME_LIMIT_S = 30.0
+MAX_BATCH = 10**8
+MAX_SEQUENCE = 10**8
+MAX_MICRO_BATCH = 10**5
 _PINNED_SHARE = 0.6  # of the time limit; the rest goes to the space without pins
 
 
@@ -67,7 +70,7 @@ def plan(
         job, enumerate_space(dims, pins), pins, time_limit_s=time_limit_s * share, seed=seed, on_progress=on_progress
     )
     best = result.ranked[0]
-    beside = [("", priced) for priced in distinct(result.ranked, besides=best)]
+    beside = [("", priced) for priced in runners_up(result)]
     if pins.any and not result.interrupted:
         free = search(
             job,
@@ -80,7 +83,7 @@ def plan(
         )
         result.interrupted |= free.interrupted
         result.limited_by_time |= free.limited_by_time
-        beside = _beside_pinned(best, free.ranked)
+        beside = _beside_pinned(best, free)
     scope = "all layouts within the pins" if pins.any else "all layouts"
     scope += ", the fixed families and solver-made orders" if family == "auto" else f" under {family}"
     return assemble(
@@ -95,12 +98,11 @@ def plan(
     )
 
 
-def _beside_pinned(best: PricedLayout, free: list[PricedLayout]) -> list[tuple[str, PricedLayout]]:
+def _beside_pinned(pinned: PricedLayout, free: SearchResult) -> list[tuple[str, PricedLayout]]:
     """The layouts of a search without pins, the best of them named, unless it is the pinned one."""
-    if free[0].candidate == best.candidate:
-        return [("", priced) for priced in distinct(free, besides=best)]
-    others = [priced for priced in distinct(free, besides=free[0]) if priced.candidate[:3] != best.candidate[:3]]
-    return [("best without pins", free[0]), *(("", priced) for priced in others)]
+    others = [priced for priced in runners_up(free) if priced.candidate[:3] != pinned.candidate[:3]]
+    best = [] if free.ranked[0].candidate == pinned.candidate else [("without pins", free.ranked[0])]
+    return [*best, *(("", priced) for priced in others)]
 
 
 def profile(
@@ -126,6 +128,9 @@ def profile(
     """
     from profiles.measure import profile_bundled
 
+    sizes = tuple(sorted(set(micro_batch_sizes)))
+    if not sizes or sizes[0] < 1 or sizes[-1] > MAX_MICRO_BATCH:
+        raise ProfileError(f"micro-batch sizes {sizes}: give whole numbers from 1 to {MAX_MICRO_BATCH}")
     spec = model if isinstance(model, ModelSpec) else load_model_spec(str(model))
     changes: dict[str, Any] = {"tied_embeddings": False}
     if sequence_length is not None:
@@ -138,7 +143,7 @@ def profile(
         shape,
         device=device,
         dtype=dtype,
-        micro_batch_sizes=micro_batch_sizes,
+        micro_batch_sizes=sizes,
         recompute=recompute,
         repeats=repeats,
         warmups=warmups,
@@ -150,12 +155,11 @@ def profile(
 
 def load_model(text: str) -> ModelSpec | ModelProfile:
     """A catalogue name, a Hugging Face config.json, or a file that `pipewright profile` wrote."""
-    path = Path(text)
-    if path.is_file():
-        content = read_text(path)
+    if is_file(text):
+        content = read_text(text)
         try:
             schema = json.loads(content).get("schema")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             schema = None
         if schema is not None:
             return parse_facts(ModelProfile, content, where=text)
@@ -168,7 +172,10 @@ def validate(path: str | Path) -> Plan:
     FileError, PlanError or ScheduleError say what is wrong and where.
     """
     loaded = Plan.load(path)
-    verify(loaded)
+    try:
+        verify(loaded)
+    except (PlanError, ScheduleError) as error:
+        raise type(error)(f"{path}: {error}") from None
     return loaded
 
 
@@ -180,10 +187,10 @@ def json_schema() -> dict[str, Any]:
 def _check_numbers(
     global_batch_size: int, sequence_length: int | None, time_limit_s: float, dtype: Dtype | None
 ) -> None:
-    if global_batch_size < 1:
-        raise LayoutError(f"global batch size {global_batch_size}: give at least 1 sequence")
-    if sequence_length is not None and sequence_length < 1:
-        raise LayoutError(f"sequence length {sequence_length}: give at least 1 token")
+    if not 1 <= global_batch_size <= MAX_BATCH:
+        raise LayoutError(f"global batch size {global_batch_size}: give 1 to {MAX_BATCH} sequences")
+    if sequence_length is not None and not 1 <= sequence_length <= MAX_SEQUENCE:
+        raise LayoutError(f"sequence length {sequence_length}: give 1 to {MAX_SEQUENCE} tokens")
     if not (math.isfinite(time_limit_s) and time_limit_s > 0):
         raise LayoutError(f"time limit {time_limit_s}: give a finite number of seconds above 0")
     if dtype is not None and dtype not in BYTES_PER_ELEMENT:
@@ -199,7 +206,7 @@ def _prepare(
     pins: Pins,
 ) -> tuple[Job, Dimensions]:
     if isinstance(known, ModelProfile):
-        return _prepare_profile(known, machines, global_batch_size, sequence_length, dtype)
+        return _prepare_profile(known, machines, global_batch_size, sequence_length, dtype, pins)
     length = sequence_length or known.sequence_length
     precision = dtype or _default_dtype(machines)
     dims = Dimensions(known, machines, global_batch_size, length, known.num_layers + 2)
@@ -221,6 +228,7 @@ def _prepare_profile(
     global_batch_size: int,
     sequence_length: int | None,
     dtype: Dtype | None,
+    pins: Pins,
 ) -> tuple[Job, Dimensions]:
     lengths = sorted({v.sequence_length for v in profile.variants})
     dtypes = sorted({v.dtype for v in profile.variants})
@@ -232,7 +240,20 @@ def _prepare_profile(
             f"in {precision}; plan with those, or profile again"
         )
     sizes = tuple(sorted({v.micro_batch_size for v in profile.variants}))
-
+    for name in ("tp", "micro_batch_size", "recompute"):
+        known, wanted = sorted({getattr(v, name) for v in profile.variants}), getattr(pins, name)
+        if wanted is not None and wanted not in known:
+            raise ProfileError(
+                f"profile of {profile.model.name!r} holds {name} {', '.join(map(str, known))}, not {wanted}; "
+                "plan with those, or profile again"
+            )
+    kinds = {group.device.kind for group in machines.groups}
+    if profile.origin.device_kind is not None and kinds != {profile.origin.device_kind}:
+        raise ProfileError(
+            f"the profile was measured on {profile.origin.device} ({profile.origin.device_kind}), cluster "
+            f"{machines.name!r} is made of {', '.join(sorted(kinds))} devices; profile on such a device, or plan the "
+            "model by name"
+        )
     dims = Dimensions(profile.model, machines, global_batch_size, length, profile.num_layers, sizes)
     return Job(profile, machines, global_batch_size, length, precision), dims
 

@@ -76,15 +76,13 @@ def assemble(
     )
 
 
-def distinct(ranked: list[PricedLayout], *, besides: PricedLayout) -> list[PricedLayout]:
-    """The best layout of each (tp, pp, dp) but that of `besides`, best first."""
-    seen = {besides.candidate[:3]}
-    others = []
-    for priced in ranked:
-        if priced.candidate[:3] not in seen:
-            seen.add(priced.candidate[:3])
-            others.append(priced)
-    return others
+def runners_up(result: SearchResult) -> list[PricedLayout]:
+    """The best layout of each (tp, pp, dp) whose best was looked for, but that of the answer; best first."""
+    best: dict[tuple[int, ...], PricedLayout] = {}
+    for priced in result.ranked[1:]:
+        best.setdefault(priced.candidate[:3], priced)
+    answer = result.ranked[0].candidate[:3]
+    return [priced for degrees, priced in best.items() if degrees in result.runners_up and degrees != answer]
 
 
 def _certificate(

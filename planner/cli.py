@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from planner.schedule.families import FAMILIES
 from profiles.errors import PipewrightError
+from profiles.facts import check_writable
 
 if TYPE_CHECKING:
     from planner.executor.job import StepProgress
@@ -66,6 +68,7 @@ class ObjectiveName(StrEnum):
     makespan = "makespan"
 
 
+FAMILY_NAMES = ", ".join(FAMILIES)
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable answer on stdout.")]
 TimeLimit = Annotated[float, typer.Option(min=0.01, help="Seconds of search.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
@@ -77,11 +80,11 @@ def main() -> None:
         app()
     except PipewrightError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted before there was an answer", 130)
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(1) from None
+    except OSError as error:  # of stdout: files that are read and written have their own message
+        _fail(f"the answer cannot be written ({error.strerror})", 2)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -119,7 +122,7 @@ def plan(
     zero: Annotated[int | None, typer.Option(min=0, max=1, help="Pin the ZeRO stage.")] = None,
     recompute: Annotated[RecomputeName | None, typer.Option(help="Pin activation recomputation.")] = None,
     family: Annotated[
-        str, typer.Option(help="Schedule family, or auto: the best family or a solver's order.")
+        str, typer.Option(help=f"auto (the best family or a solver's order), or one of {FAMILY_NAMES}.")
     ] = "auto",
     time_limit: TimeLimit = 30.0,
     seed: Seed = 0,
@@ -130,7 +133,7 @@ def plan(
     from planner.api import plan as make_plan
 
     if output is not None:
-        _check_writable(output)
+        check_writable(output)
     with _search_progress() as on_progress:
         found = make_plan(
             model,
@@ -162,11 +165,13 @@ def profile(
     model: Annotated[str, typer.Argument(help="Catalogue name or Hugging Face config.json of a GPT-2 or Llama kind.")],
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence [default: the model's].")] = None,
     micro_batch_sizes: Annotated[str, typer.Option(help="Comma list of micro-batch sizes to measure.")] = "1,2,4",
-    num_layers: Annotated[int | None, typer.Option(min=1, help="Change the number of blocks.")] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Blocks to build [default: the model's].")] = None,
     dtype: Annotated[DtypeName, typer.Option(help="Compute precision.")] = DtypeName.float32,
     device: Annotated[str, typer.Option(help="torch device to measure on.")] = "cpu",
     recompute: Annotated[bool, typer.Option(help="Measure with full recomputation too.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads, as each process of the run will have.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, max=1024, help="CPU threads, as each process of the run will have.")
+    ] = 1,
     repeats: Annotated[int, typer.Option(min=3, help="Timed runs; the median counts.")] = 10,
     warmups: Annotated[int, typer.Option(min=1, help="Runs before the timed ones.")] = 3,
     links: Annotated[bool, typer.Option(help="Also measure transfers between two processes.")] = True,
@@ -174,7 +179,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure F, B, W times and memory of every layer on this device."""
-    _check_writable(output)
+    check_writable(output)
     _torch_part("profiles.measure")
     from planner.api import profile as measure
 
@@ -217,7 +222,7 @@ def schedule(
     ] = None,
     activation_bytes: Annotated[int, typer.Option(min=1, help="M_B: taken by F, held to B.")] = 2,
     weight_activation_bytes: Annotated[int, typer.Option(min=0, help="M_W: of that, held from B to W.")] = 1,
-    family: Annotated[str, typer.Option(help="auto, or a family's name.")] = "auto",
+    family: Annotated[str, typer.Option(help=f"auto, or one of {FAMILY_NAMES}.")] = "auto",
     objective: Annotated[ObjectiveName, typer.Option(help="What auto minimises, and what the gap is of.")] = (
         ObjectiveName.span
     ),
@@ -261,7 +266,7 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
     seed: Seed = 0,
     dtype: Annotated[DtypeName | None, typer.Option(help="Precision to run in [default: the plan's].")] = None,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(min=0, max=1e6, help="Of AdamW.")] = 1e-4,
     device: Annotated[
         DeviceName, typer.Option(help="auto takes cuda when there is a device for every process.")
     ] = DeviceName.auto,
@@ -275,7 +280,7 @@ def run(
 
     loaded = load(plan_file)
     if trace is not None:
-        _check_writable(trace)
+        check_writable(trace)
     launch = _torch_part("planner.executor.launch")
     with _spinner(f"training on {loaded.layout.num_devices} processes") as say:
 
@@ -338,14 +343,6 @@ def catalog(
         print(render_catalog())
 
 
-def _check_writable(path: Path) -> None:
-    """Refuse at once what would fail after minutes of work."""
-    if not path.parent.is_dir():
-        _fail(f"{path}: its folder {path.parent} does not exist; make it, or choose another", 2)
-    if path.is_dir():
-        _fail(f"{path} is a folder; name a file", 2)
-
-
 def _torch_part(module: str) -> Any:
     from importlib import import_module
 
@@ -375,9 +372,18 @@ def _positive_integers(text: str, option: str) -> tuple[int, ...]:
 
 
 @contextmanager
+def _shown(*columns: ProgressColumn) -> Iterator[Progress]:
+    """A progress display on stderr; Ctrl-C inside it, where nobody had an answer yet, ends with one message."""
+    try:
+        with Progress(SpinnerColumn(), *columns, TimeElapsedColumn(), console=talk, transient=True) as progress:
+            yield progress
+    except KeyboardInterrupt:
+        _fail("interrupted before there was an answer", 130)
+
+
+@contextmanager
 def _spinner(what: str) -> Iterator[Callable[[str], None]]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=talk, transient=True) as progress:
+    with _shown(TextColumn("{task.description}")) as progress:
         task = progress.add_task(what, total=None)
         yield lambda text: progress.update(task, description=text)
 
@@ -397,8 +403,7 @@ def _search_progress() -> Iterator[Callable[["SearchProgress"], None]]:
 
 @contextmanager
 def _steps_progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=talk, transient=True) as progress:
+    with _shown(TextColumn("{task.description}"), BarColumn()) as progress:
         task = progress.add_task(what, total=None)
         yield lambda text, done, total: progress.update(task, description=text, completed=done, total=total)
 

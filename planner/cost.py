@@ -229,7 +229,9 @@ class StepFloor:
             return max(low, m * total / pp + block * (pp - 1) * (pp - 2) / (2 * pp))
         hop = self.pipeline_link.transfer_us(min(layer.output_bytes for layer in self.layers[:-1]))
         high = m * total + self._forward[-1] + self._backward[-1] + 2 * pp * hop
-        while high - low > 1e-4 * low:
+        for _ in range(100):
+            if high - low <= 1e-4 * low:
+                break
             middle = (low + high) / 2
             if self._fits(middle, hop, splits_backward):
                 high = middle

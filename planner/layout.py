@@ -10,11 +10,13 @@ from typing import NamedTuple, get_args
 
 from planner.errors import LayoutError
 from planner.plans import ZeroStage
+from planner.schedule.families import FAMILIES
 from profiles.cluster import Cluster
 from profiles.model import Dtype, ModelSpec, Recompute, Variant
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 VIRTUAL_STAGES = (1, 2, 4)
+MAX_ACTIONS = 600_000  # of one pipeline and step; beyond it nothing could be looked at in a reasonable time
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def check_pins(dims: Dimensions, pins: Pins) -> None:
         raise LayoutError(
             f"pp=1 with virtual_stages={pins.virtual_stages}: one rank has no use for chunks; pin one only"
         )
+    _check_family(pins)
     stages = (pp or 1) * (pins.virtual_stages or 1)
     if stages > dims.num_layers:
         raise LayoutError(
@@ -168,6 +171,20 @@ def check_pins(dims: Dimensions, pins: Pins) -> None:
             f"dp={dp or 1} × micro_batch_size={pins.micro_batch_size or 1} is {per_step}, which does not divide "
             f"global batch size {dims.global_batch_size}; choose a batch that is a multiple of {per_step}"
         )
+
+
+def _check_family(pins: Pins) -> None:
+    family = FAMILIES.get(pins.family or "auto")
+    if family is None:
+        return
+    if family.splits_backward and pins.recompute == "full":
+        raise LayoutError(
+            f"family {family.name!r} splits the backward, and recompute=full keeps it in one piece; pin one of them"
+        )
+    chunks = pins.virtual_stages
+    reason = None if chunks is None else family.supports(2, 4, chunks)
+    if reason is not None:
+        raise LayoutError(f"family {family.name!r} with virtual_stages={chunks}: {reason}")
 
 
 def enumerate_space(dims: Dimensions, pins: Pins) -> Space:
@@ -223,6 +240,9 @@ def _with_these_degrees(
                 continue
             if pp * chunks > dims.num_layers:
                 dropped["more stages than layers"] += 1
+                continue
+            if 3 * pp * chunks * (per_replica // size) > MAX_ACTIONS:
+                dropped[f"more than {MAX_ACTIONS} actions to schedule"] += 1
                 continue
             for zero in zero_stages if pins.zero_stage is None else (pins.zero_stage,):
                 for recompute in recomputes if pins.recompute is None else (pins.recompute,):

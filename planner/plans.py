@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from planner.errors import PlanError, ScheduleError
 from planner.schedule.actions import Schedule
-from profiles.facts import Bytes, Count, Facts, NonNegative, NonNegativeCount
+from profiles.facts import Bytes, Count, Facts, Microseconds, NonNegative, NonNegativeCount
 from profiles.model import Dtype, ModelSpec, Recompute
 
 ZeroStage = Literal[0, 1]
@@ -50,7 +50,7 @@ class Layout(Facts):
         """One line that tells two layouts apart."""
         chunks = f" v{self.virtual_stages}" if self.virtual_stages > 1 else ""
         zero = f" zero{self.zero_stage}" if self.zero_stage else ""
-        recompute = f" recompute={self.recompute}" if self.recompute != "none" else ""
+        recompute = " recompute" if self.recompute != "none" else ""
         return f"tp{self.tp} pp{self.pp} dp{self.dp}{chunks} mbs{self.micro_batch_size}{zero}{recompute}"
 
     @model_validator(mode="after")
@@ -75,17 +75,17 @@ class Layout(Facts):
 class StageCosts(Facts):
     """One pipeline stage under this layout: times of one microbatch in µs, sizes per device in bytes."""
 
-    forward_us: NonNegative
-    backward_input_us: NonNegative
-    backward_weight_us: NonNegative
-    fused_backward_us: NonNegative
-    optimizer_us: NonNegative
+    forward_us: Microseconds
+    backward_input_us: Microseconds
+    backward_weight_us: Microseconds
+    fused_backward_us: Microseconds
+    optimizer_us: Microseconds
     parameter_bytes: Bytes
     activation_bytes: Bytes
     weight_activation_bytes: Bytes
     output_bytes: Bytes
     temporary_bytes: Bytes
-    transfer_us: NonNegative  # of its output to the next stage, and of that gradient back; 0 for the last
+    transfer_us: Microseconds  # of its output to the next stage, and of that gradient back; 0 for the last
 
 
 class RankMemory(Facts):
@@ -115,10 +115,10 @@ class RankMemory(Facts):
 class Prediction(Facts):
     """What one optimizer step is predicted to take. step = pipeline + exposed data-parallel + optimizer."""
 
-    step_time_us: NonNegative
-    pipeline_us: NonNegative  # makespan of the schedule, transfers included
-    exposed_data_parallel_us: NonNegative
-    optimizer_us: NonNegative
+    step_time_us: Microseconds
+    pipeline_us: Microseconds  # makespan of the schedule, transfers included
+    exposed_data_parallel_us: Microseconds
+    optimizer_us: Microseconds
     bubble_rate_span: NonNegative
     bubble_rate_makespan: NonNegative
     model_flops: NonNegative  # of one step over all devices
@@ -157,7 +157,7 @@ class Alternative(Facts):
     label: str
     layout: str
     family: str
-    step_time_us: NonNegative
+    step_time_us: Microseconds
     mfu: NonNegative
     peak_memory_bytes: Bytes
 

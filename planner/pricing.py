@@ -96,7 +96,7 @@ class Pricer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.network = Network(job.cluster, job.profile.links)
+        self.network = Network(job.cluster, job.profile.links if job.cluster.num_nodes == 1 else None)
         self.capacity_bytes = capacity_bytes(smallest_device(job.cluster))
 
     def layers(self, candidate: Candidate) -> tuple[LayerProfile, ...]:

@@ -16,7 +16,8 @@ from solvers.bounds import best_bound
 from solvers.pipeline import Op, Order, PipelineProblem, PipelineScore, Status
 from solvers.registry import BACKENDS, Progress, get_backend, solve_pipeline
 
-MAX_ACTIONS = 3_000_000
+MAX_ACTIONS = 1_000_000
+MAX_BYTES = 10**15
 MAX_TIME_US = 1e12  # eleven days for one action; more is a mistake in the unit
 
 
@@ -74,10 +75,10 @@ class PipelineCosts:
                     raise LayoutError(f"{name}: {value} is not a time; give µs from {least} to {MAX_TIME_US:g}")
         if not math.isfinite(self.p2p_us) or not 0 <= self.p2p_us <= MAX_TIME_US:
             raise LayoutError(f"p2p_us: {self.p2p_us} is not a time; give µs from 0 to {MAX_TIME_US:g}")
-        if not self.weight_activation_bytes >= 0 or not self.activation_bytes > 0:
+        if not (0 <= self.weight_activation_bytes <= MAX_BYTES and 0 < self.activation_bytes <= MAX_BYTES):
             raise LayoutError(
                 f"activation_bytes={self.activation_bytes}, weight_activation_bytes={self.weight_activation_bytes}: "
-                "the first must be positive and the second not negative"
+                f"the first must be 1 to {MAX_BYTES}, the second 0 to {MAX_BYTES}"
             )
 
     def stages(self, rank_of_stage: Sequence[int]) -> tuple[StageCosts, ...]:
@@ -148,7 +149,7 @@ def schedule_costs(
         _check_solver(solver, problem)
         solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed, on_progress=on_progress)
         if solution.order is None or solution.score is None:
-            raise InfeasibleError(_why_nothing(solution.status, memory_limit, time_limit_s))
+            raise InfeasibleError(_why_nothing(solution.status, costs, memory_limit, time_limit_s))
         return _answer(
             "auto",
             solution.solver,
@@ -202,11 +203,12 @@ def schedule_costs(
     )
 
 
-def _why_nothing(status: Status, memory_limit: float | None, time_limit_s: float) -> str:
+def _why_nothing(status: Status, costs: PipelineCosts, memory_limit: float | None, time_limit_s: float) -> str:
     if status is Status.INFEASIBLE:
+        most = max(costs.activation_bytes, costs.weight_activation_bytes)
         return (
-            f"no schedule exists: a single microbatch does not fit in {memory_limit or 0:g} microbatches of memory per "
-            "rank; raise the memory limit"
+            f"no schedule exists: a stage holds {most} of a single microbatch, more than the memory limit of "
+            f"{memory_limit or 0:g} × {costs.activation_bytes} per rank allows; raise the limit"
         )
     return f"no schedule found in {time_limit_s:g} s, and none proven impossible; raise the time limit"
 
@@ -224,8 +226,8 @@ def _check_question(
             f"p={num_ranks}, m={num_microbatches}, v={virtual_stages} make {num_actions} actions; "
             f"at most {MAX_ACTIONS} are scheduled"
         )
-    if memory_limit is not None and not (math.isfinite(memory_limit) and memory_limit > 0):
-        raise LayoutError(f"memory limit {memory_limit} is not a positive number of microbatches")
+    if memory_limit is not None and not 0 < memory_limit <= MAX_ACTIONS:
+        raise LayoutError(f"memory limit {memory_limit}: give a number of microbatches above 0, at most {MAX_ACTIONS}")
     if not (math.isfinite(time_limit_s) and time_limit_s > 0):
         raise LayoutError(f"time limit {time_limit_s}: give a finite number of seconds above 0")
 

@@ -28,6 +28,7 @@ NUM_RUNNERS_UP = 5  # other layouts that are priced, if there are any, though th
 NUM_POLISHED = 2  # best candidates that get a solver-made schedule
 _PRICING_SHARE = 0.6  # of the time limit; what is left goes to second tries, then to solvers
 _SECOND_TRY_SHARE = 0.75
+_GRACE_S = 10.0  # beyond the limit, to find any layout at all
 _TOLERANCE = 1e-9
 
 
@@ -59,6 +60,7 @@ class SearchResult:
     num_overflowing: int = 0
     num_pruned: int = 0
     num_unreached: int = 0
+    runners_up: list[tuple[int, ...]] = field(default_factory=list)  # (tp, pp, dp) whose best layout was looked for
     interrupted: bool = False
     limited_by_time: bool = False
     seconds: float = 0.0
@@ -195,7 +197,8 @@ class _Search:
     def _price_and_try_again(self) -> None:
         second_tries: list[_Node] = []
         while self.queue and self.queue[0][0] < self._best_us() * (1 - _TOLERANCE):
-            if self._elapsed_s() > self.time_limit_s * _PRICING_SHARE:
+            late_s = self._elapsed_s() - self.time_limit_s * (_PRICING_SHARE if self.best else 1)
+            if late_s > (0 if self.best else _GRACE_S):
                 self.result.limited_by_time = True
                 break
             node = self.queue[0][2]
@@ -325,15 +328,24 @@ class _Search:
             self._note_end(solution)
 
     def _price_runners_up(self) -> None:
-        """Price the most promising of what was pruned, one of each (tp, pp, dp), for readers to compare with."""
-        shown = {candidate[:3] for candidate in self.best}
-        for _, _, node in sorted(self.queue):
-            if len(shown) > NUM_RUNNERS_UP or self._elapsed_s() > self.time_limit_s or self.result.interrupted:
-                return
-            if node.candidate[:3] not in shown:
+        """Find the best layout of a few more (tp, pp, dp) under the fixed families, for readers to compare with."""
+        if not self.best:
+            return
+        answer = min(self.best.values(), key=lambda priced: priced.step_us).candidate[:3]
+        of_degrees: dict[tuple[int, ...], list[_Node]] = {}
+        for _, _, node in sorted(self.queue, key=lambda entry: entry[:2]):
+            of_degrees.setdefault(node.candidate[:3], []).append(node)
+        others = [degrees for degrees in of_degrees if degrees != answer]  # in the order of their least floors
+        for degrees in others[:NUM_RUNNERS_UP]:
+            for node in of_degrees[degrees]:
+                known = [priced.step_us for candidate, priced in self.best.items() if candidate[:3] == degrees]
+                if node.floor_us >= min(known, default=math.inf):
+                    break
+                if self._elapsed_s() > self.time_limit_s or self.result.interrupted:
+                    return
                 for family in node.families:
-                    if self._keep(self.pricer.price_family(node.candidate, node.layers, family)):
-                        shown.add(node.candidate[:3])
+                    self._keep(self.pricer.price_family(node.candidate, node.layers, family))
+            self.result.runners_up.append(degrees)
 
     def _keep(self, priced: PricedLayout | None) -> bool:
         """Remember a priced layout if it fits and is the best of its candidate; whether it fits."""

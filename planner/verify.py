@@ -25,11 +25,23 @@ def verify(plan: Plan) -> None:
         num_microbatches=layout.num_microbatches,
         rank_of_stage=layout.rank_of_stage,
     )
+    _check_layers(plan)
     _check_family(plan)
     timeline = simulate(schedule, plan.stages)
     _check_times(plan, timeline)
     _check_memory(plan, timeline)
     _check_certificate(plan)
+
+
+def _check_layers(plan: Plan) -> None:
+    """Of a bundled model; other models' layers are their owner's business."""
+    layers, wanted = sum(plan.layout.layers_per_stage), plan.model.num_layers + 2
+    ours = plan.provenance.profile_origin.startswith("analytic") or plan.architecture is not None
+    if ours and layers != wanted:
+        raise PlanError(
+            f"plan.layout.layers_per_stage adds up to {layers}, but the model has {wanted} layers, with embedding and "
+            "head"
+        )
 
 
 def _check_family(plan: Plan) -> None:

@@ -15,13 +15,11 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from profiles.cluster import Cluster, DeviceSpec, NodeGroup
+from profiles.cluster import MAX_DEVICES, Cluster, DeviceSpec, NodeGroup
 from profiles.errors import CatalogError, FileError
 from profiles.facts import parse_facts, read_text
 from profiles.huggingface import model_spec_from_config
 from profiles.model import ModelSpec
-
-MAX_DEVICES = 1_000_000  # more than any cluster there is; a larger shorthand is a slip of the finger
 
 _SHORTHAND = re.compile(r"(\d{1,18})x(\d{1,18})x(.+)", re.ASCII)
 _SHORTHAND_HELP = "NODESxPER_NODExDEVICE (like 8x8xh100-sxm)"

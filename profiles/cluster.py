@@ -5,17 +5,20 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from profiles.facts import Bytes, Count, Dtype, Facts, Fraction, NonNegative, Positive
+from profiles.facts import Bytes, Count, Dtype, Facts, Fraction, Microseconds, Rate
 
 if TYPE_CHECKING:
     import networkx as nx
 
 
+MAX_DEVICES = 1_000_000
+
+
 class Link(Facts):
     """What one device gets out of a link, in one direction, measured or as its vendor prints it."""
 
-    bandwidth_bytes_per_s: Positive
-    latency_us: NonNegative
+    bandwidth_bytes_per_s: Rate
+    latency_us: Microseconds
     efficiency: Fraction = 1.0  # share of the bandwidth that large transfers reach
 
     def transfer_us(self, num_bytes: float) -> float:
@@ -42,11 +45,11 @@ class DeviceSpec(Facts):
     name: str
     kind: Literal["cuda", "rocm", "cpu"]
     memory_bytes: Bytes
-    memory_bandwidth_bytes_per_s: Positive
-    peak_flops: dict[Dtype, Positive] = Field(min_length=1)  # FLOP/s, dense
+    memory_bandwidth_bytes_per_s: Rate
+    peak_flops: dict[Dtype, Rate] = Field(min_length=1)  # FLOP/s, dense
     matmul_efficiency: Fraction  # best share of the peak that large matrix products reach
     memory_efficiency: Fraction  # share of the bandwidth that elementwise kernels reach
-    kernel_launch_us: NonNegative
+    kernel_launch_us: Microseconds
     scale_up: Link  # to another device of the node
     scale_out: Link  # to a device of another node
     devices_per_node: Count  # in the usual node of this device
@@ -80,6 +83,8 @@ class Cluster(Facts):
 
     @model_validator(mode="after")
     def _pods_have_links(self) -> Self:
+        if self.num_devices > MAX_DEVICES:
+            raise ValueError(f"{self.num_devices} devices, at most {MAX_DEVICES} can be planned for")
         if (self.nodes_per_pod is None) != (self.inter_pod is None):
             raise ValueError("nodes_per_pod and inter_pod go together: give both or neither")
         return self

@@ -13,12 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from profiles.errors import FileError
 
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Limits are far beyond any machine; they keep what is computed from facts finite and whole numbers in 64 bits.
+NonNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Microseconds = Annotated[float, Field(ge=0, le=1e14, allow_inf_nan=False)]  # three years
+Rate = Annotated[float, Field(ge=1, le=1e30, allow_inf_nan=False)]  # per second
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-NonNegativeCount = Annotated[int, Field(ge=0)]
-Bytes = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+NonNegativeCount = Annotated[int, Field(ge=0, le=10**12)]
+Width = Annotated[int, Field(ge=1, le=10**7)]  # of a layer
+Depth = Annotated[int, Field(ge=1, le=10**4)]  # in layers
+Bytes = Annotated[int, Field(ge=0, le=10**16)]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
@@ -48,13 +52,37 @@ class Facts(BaseModel):
 FactsT = TypeVar("FactsT", bound=BaseModel)
 
 
+def check_writable(path: str | Path) -> None:
+    """FileError unless a file can be made at `path`: to be asked before work whose result will be saved there."""
+    target = Path(path)
+    try:
+        target = target.resolve()
+        if target.exists() and not target.is_file():
+            raise FileError(f"{path}: is there and is no regular file; name another")
+        if not target.parent.is_dir():
+            raise FileError(f"{path}: its folder {target.parent} does not exist; make it, or choose another")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be written ({error})") from None
+    os.close(handle)
+    Path(temporary).unlink()
+
+
+def is_file(text: str) -> bool:
+    """Whether `text` names an existing file; a text that cannot be a path names none."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file; FileError when there is none to be had."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise FileError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
@@ -86,7 +114,9 @@ def _shorten(value: object, limit: int = 60) -> str:
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Write `text` to a temporary file beside `path`, then rename it into place."""
-    target = Path(path)
+    target = Path(path).resolve()  # a link stays a link
+    if target.exists() and not target.is_file():
+        raise FileError(f"{path}: is there and is no regular file; name another")
     try:
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     except OSError as error:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from profiles.cluster import Link
 from profiles.errors import ProfileError
-from profiles.facts import Bytes, Count, Facts, NonNegative
+from profiles.facts import Bytes, Count, Depth, Facts, Microseconds, NonNegative, Width
 from profiles.facts import Dtype as Dtype
 
 BYTES_PER_ELEMENT: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -23,11 +23,11 @@ LayerKind = Literal["embedding", "block", "head"]
 class MixtureOfExperts(Facts):
     """Experts that replace the feed-forward part of all blocks but the first `num_dense_layers`."""
 
-    num_experts: Count
-    experts_per_token: Count
-    expert_ffn_size: Count
-    num_shared_experts: int = Field(default=0, ge=0)
-    num_dense_layers: int = Field(default=0, ge=0)
+    num_experts: Width
+    experts_per_token: Width
+    expert_ffn_size: Width
+    num_shared_experts: int = Field(default=0, ge=0, le=10**4)
+    num_dense_layers: int = Field(default=0, ge=0, le=10**4)
 
     @model_validator(mode="after")
     def _no_more_active_than_present(self) -> Self:
@@ -39,25 +39,25 @@ class MixtureOfExperts(Facts):
 class LatentAttention(Facts):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): low-rank Q, K and V."""
 
-    q_lora_rank: Count
-    kv_lora_rank: Count
-    qk_nope_head_dim: Count
-    qk_rope_head_dim: Count
-    v_head_dim: Count
+    q_lora_rank: Width
+    kv_lora_rank: Width
+    qk_nope_head_dim: Width
+    qk_rope_head_dim: Width
+    v_head_dim: Width
 
 
 class ModelSpec(Facts):
     """The shape of a decoder-only transformer, as published."""
 
     name: str
-    num_layers: Count
-    hidden_size: Count
-    num_heads: Count
-    num_kv_heads: Count
-    head_dim: Count
-    ffn_size: Count
+    num_layers: Depth
+    hidden_size: Width
+    num_heads: Width
+    num_kv_heads: Width
+    head_dim: Width
+    ffn_size: Width
     gated_mlp: bool
-    vocab_size: Count
+    vocab_size: Width
     sequence_length: Count  # the length it was trained at; a plan may ask for another
     tied_embeddings: bool
     learned_positions: bool = False
@@ -159,11 +159,11 @@ class LayerProfile(Facts):
     """
 
     variant: Variant
-    forward_us: NonNegative
-    backward_input_us: NonNegative  # B
-    backward_weight_us: NonNegative  # W
-    fused_backward_us: NonNegative  # BW: both in one go
-    optimizer_us: NonNegative = 0.0  # one optimizer step over this layer's parameters
+    forward_us: Microseconds
+    backward_input_us: Microseconds  # B
+    backward_weight_us: Microseconds  # W
+    fused_backward_us: Microseconds  # BW: both in one go
+    optimizer_us: Microseconds = 0.0  # one optimizer step over this layer's parameters
     parameter_bytes: Bytes  # weights in the compute dtype, on this device
     activation_bytes: Bytes
     weight_activation_bytes: Bytes
@@ -177,7 +177,7 @@ class LayerGroup(Facts):
 
     name: str
     kind: LayerKind
-    count: Count = 1
+    count: Depth = 1
     profiles: tuple[LayerProfile, ...] = Field(min_length=1)
 
     @cached_property
@@ -200,6 +200,7 @@ class Origin(Facts):
 
     kind: Literal["analytic", "measured"]
     device: str
+    device_kind: Literal["cpu", "cuda", "rocm"] | None = None  # of what it was measured on; None for an estimate
     when: str  # ISO date and time, UTC; empty for an estimate, so that equal inputs give equal files
     how: str  # "median of 20 runs after 3 warm-ups, torch 2.13.0, 1 thread"
     engine: Literal["fused", "deferred-linear"] = "deferred-linear"  # how W is split from B

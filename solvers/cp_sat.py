@@ -250,33 +250,32 @@ def _run(
         solver.parameters.linearization_level = 0
         solver.parameters.cp_model_probing_level = 0
         solver.parameters.symmetry_level = 0
-    outcome: list[Any] = []
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def work() -> None:
         try:
-            outcome.append(solver.solve(model.model, Callback()))
+            outcome.put(solver.solve(model.model, Callback()))
         except BaseException as error:  # handed to the caller's thread below
-            outcome.append(error)
+            outcome.put(error)
 
-    thread = threading.Thread(target=work, name="cp-sat", daemon=True)
-    thread.start()
-    interrupted = False
+    threading.Thread(target=work, name="cp-sat", daemon=True).start()
+    result, interrupted = None, False
     try:
-        while thread.is_alive() or not news.empty():
+        while result is None:  # not Thread.join: Ctrl-C inside it makes a running thread look ended on Python 3.11
             try:
-                thread.join(_POLL_S)
                 while not news.empty():
                     event = news.get()
                     if on_progress is not None:
                         on_progress(event)
+                result = outcome.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
             except KeyboardInterrupt:
                 interrupted = True
-            if interrupted:
                 solver.stop_search()
-    finally:
+    except BaseException:
         solver.stop_search()
-        thread.join()
-    (result,) = outcome
+        raise
     if isinstance(result, BaseException):
         raise result
     if result not in _STATUS:

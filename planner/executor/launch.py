@@ -227,6 +227,7 @@ def _report(
         device=torch.cuda.get_device_name() if request.device == "cuda" else "cpu",
         backend=results[0].backend,
         dtype=request.dtype,
+        planned_dtype=plan.dtype,
         torch_version=torch.__version__,
         threads_per_process=results[0].threads,
         seed=request.seed,

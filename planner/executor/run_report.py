@@ -51,6 +51,7 @@ class RunReport(Facts):
     device: str
     backend: str
     dtype: str
+    planned_dtype: str  # what the predictions are for
     torch_version: str
     threads_per_process: Count
     seed: int

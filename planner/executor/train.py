@@ -4,6 +4,7 @@ went.
 Started by `planner.executor.launch` under torchrun: python -m planner.executor.train DIRECTORY.
 """
 
+import math
 import os
 import sys
 import threading
@@ -117,6 +118,11 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
         optimizer_us.append(end - before_update)
         if loss is not None:
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ExecutionError(
+                    f"the loss of step {step + 1} is {losses[-1]}: training diverged; lower the learning rate, which is "
+                    f"{request.learning_rate:g}"
+                )
             if here.data_rank == 0:
                 step_us = middle - start + end - before_update
                 line = StepProgress(step=step, loss=losses[-1], step_us=step_us).model_dump_json()

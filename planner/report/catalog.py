@@ -33,7 +33,7 @@ def catalog_entry(name: str) -> ModelSpec | DeviceSpec | Cluster:
 
 def render_catalog() -> str:
     """Tables of models, devices, clusters and families."""
-    return render(_models(), _devices(), _clusters(), _families(), width=130)
+    return render(_models(), _devices(), _clusters(), _families(), width=120)
 
 
 def _models() -> RenderableType:

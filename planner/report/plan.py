@@ -9,7 +9,7 @@ from planner.plans import Plan
 from planner.report.text import GIB, duration, facts, grid, render, schedule_excerpt, size
 
 
-def render_plan(plan: Plan, width: int = 120) -> str:
+def render_plan(plan: Plan, width: int = 110) -> str:
     """Everything `pipewright plan` prints for people."""
     return render(*_parts(plan), width=width)
 
@@ -58,7 +58,11 @@ def _summary(plan: Plan) -> RenderableType:
             f"{sum(proof.refused.values())} refused; "
             f"{proof.seconds:.1f} s of {proof.time_limit_s:g} s, seed {proof.seed}"
             + ("; interrupted" if proof.interrupted else "")
-            + ("; cut short by the time limit, another run may end elsewhere" if proof.limited_by_time else ""),
+            + (
+                "; parts of it ended on their share of the time limit, another run may differ"
+                if proof.limited_by_time
+                else ""
+            ),
         ),
     ]
     for name, reasons in (("refused", proof.refused), ("outside", proof.dropped)):
@@ -89,9 +93,21 @@ def _stages_and_memory(plan: Plan) -> RenderableType:
         layers = "+".join(str(plan.layout.layers_per_stage[s]) for s in hosted)
         times = [f"{us / 1e3:.2f}" for us in times_us]
         rows.append([str(rank), layers, *times, *(f"{part / GIB:.2f}" for part in parts_bytes)])
+    rows = _folded(rows)
     title = "Per pipeline rank (times of one microbatch in ms, memory of one device in GiB)"
     columns = "rank layers F B W weights gradients optimizer activations other total usable"
     return grid(title, columns.split(), rows)
+
+
+def _folded(rows: list[list[str]]) -> list[list[str]]:
+    """Neighbouring rows that differ in their first cell only, as one row: `3`, `4`, `5` become `3–5`."""
+    folded: list[list[str]] = []
+    for first, *rest in rows:
+        if folded and folded[-1][1:] == rest:
+            folded[-1][0] = f"{folded[-1][0].split('–')[0]}–{first}"
+        else:
+            folded.append([first, *rest])
+    return folded
 
 
 def _alternatives(plan: Plan) -> RenderableType:
@@ -108,5 +124,5 @@ def _alternatives(plan: Plan) -> RenderableType:
     for label, layout, family, step_us, mfu, peak in (own, *others):
         change = step_us / plan.prediction.step_time_us - 1
         rows.append([label, layout, family, duration(step_us), f"{change:+.1%}", f"{mfu:.1%}", size(peak)])
-    columns = ("", "layout", "schedule", "step time", "against plan", "MFU", "peak memory")
+    columns = ("", "layout", "schedule", "step time", "vs plan", "MFU", "memory")
     return grid("Beside it", columns, rows, left=columns[:3])

@@ -19,6 +19,8 @@ def render_run(report: "RunReport") -> str:
             f"torch {report.torch_version}, {report.backend}, {report.dtype}, {report.threads_per_process} threads",
         ),
     ]
+    if report.dtype != report.planned_dtype:
+        rows.append(("note", f"predictions are for {report.planned_dtype} and say little about these times"))
     exact = report.exactness
     if exact is not None:
         rows.append(("losses", f"within {exact.worst_loss_relative_difference:.1e} of one process, relative"))

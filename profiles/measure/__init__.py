@@ -157,6 +157,7 @@ def profile_layers(
         origin=Origin(
             kind="measured",
             device=_device_name(target),
+            device_kind="cpu" if target.type == "cpu" else "rocm" if torch.version.hip else "cuda",
             when=datetime.now(UTC).isoformat(timespec="seconds"),
             how=(
                 f"median of {_plural(repeats, 'run')} after {_plural(warmups, 'warm-up')}, "

@@ -12,7 +12,7 @@ from planner.errors import InfeasibleError, LayoutError, PlanError, ScheduleErro
 from planner.verify import verify
 from profiles.analytic import profile_model
 from profiles.catalog import load_cluster, model
-from profiles.errors import FileError, ProfileError
+from profiles.errors import CatalogError, FileError, ProfileError
 from profiles.model import Variant
 
 
@@ -66,7 +66,7 @@ def test_a_pinned_layout_is_priced_beside_the_best_without_pins():
     )
     assert (found.layout.tp, found.layout.pp, found.layout.dp) == (8, 2, 1)
     beside = {a.label: a for a in found.alternatives}
-    assert beside["best without pins"].step_time_us <= found.prediction.step_time_us
+    assert beside["without pins"].step_time_us <= found.prediction.step_time_us
 
 
 def test_recomputation_is_chosen_where_nothing_else_fits():
@@ -129,6 +129,66 @@ def test_a_profile_file_is_planned_like_a_model_and_only_at_what_it_holds(tmp_pa
     assert found.certificate.refused["not profiled"] > 0
     with pytest.raises(ProfileError, match=r"holds sequence lengths \[1024\] in bfloat16, not 512"):
         plan(tmp_path / "profile.json", "1x2xa100-80gb", global_batch_size=8, sequence_length=512)
+
+
+def test_a_profile_is_only_planned_on_what_it_was_measured_on(tmp_path):
+    measured = profile_of("gpt2")
+    origin = measured.origin.model_copy(update={"kind": "measured", "device": "AMD EPYC", "device_kind": "cpu"})
+    profile = measured.model_copy(update={"origin": origin})
+    with pytest.raises(ProfileError, match=r"measured on AMD EPYC \(cpu\), cluster '1x2xa100-80gb' is made of cuda"):
+        plan(profile, "1x2xa100-80gb", global_batch_size=8)
+    assert plan(profile, "1x2xcpu", global_batch_size=8, dtype="bfloat16", family="1f1b").layout.num_devices == 2
+
+
+def test_pins_that_the_profile_lacks_are_refused():
+    with pytest.raises(ProfileError, match="holds micro_batch_size 1, 2, not 4"):
+        plan(profile_of("gpt2"), "1x2xa100-80gb", global_batch_size=8, micro_batch_size=4)
+    with pytest.raises(ProfileError, match="holds tp 1, not 2"):
+        plan(profile_of("gpt2"), "1x2xa100-80gb", global_batch_size=8, tp=2)
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"family": "zb-h1", "recompute": "full"}, "splits the backward, and recompute=full keeps it in one piece"),
+        ({"family": "1f1b", "virtual_stages": 2}, "family '1f1b' with virtual_stages=2"),
+        ({"family": "interleaved-1f1b", "virtual_stages": 1}, "family 'interleaved-1f1b' with virtual_stages=1"),
+    ],
+)
+def test_pins_that_contradict_each_other_are_bad_input(pins, message):
+    with pytest.raises(LayoutError, match=re.escape(message)) as caught:
+        plan("gpt2", "1x4xa100-40gb", global_batch_size=8, **pins)
+    assert caught.value.exit_code == 2
+
+
+def test_a_tiny_time_limit_still_finds_a_plan():
+    found = plan("gpt2-xl", "1x4xa100-40gb", global_batch_size=32, time_limit_s=1e-3)
+    assert found.certificate.limited_by_time
+    assert found.certificate.num_unreached > 0
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", ""])
+def test_names_that_are_neither_catalogue_entries_nor_paths_are_refused(name):
+    with pytest.raises((CatalogError, FileError)):
+        plan(name, "1x1xa100-40gb", global_batch_size=1)
+
+
+def test_deeply_nested_json_is_refused(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises((CatalogError, FileError)):
+        plan(path, "1x1xa100-40gb", global_batch_size=1)
+
+
+def test_alternatives_are_the_best_of_their_degrees():
+    found = plan("gpt2-xl", "1x4xa100-40gb", global_batch_size=32, family="1f1b", time_limit_s=60)
+    assert found.alternatives
+    for beside in found.alternatives:
+        tp, pp, dp = (int(word[2:]) for word in beside.layout.split()[:3])
+        alone = plan(
+            "gpt2-xl", "1x4xa100-40gb", global_batch_size=32, family="1f1b", time_limit_s=60, tp=tp, pp=pp, dp=dp
+        )
+        assert beside.step_time_us == pytest.approx(alone.prediction.step_time_us)
 
 
 def broken(llama, path, change):

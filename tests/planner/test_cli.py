@@ -1,8 +1,10 @@
 """The command line as a user meets it: answers on stdout, one message on stderr, exit codes, nothing half-written."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,7 +97,7 @@ PLAN = ("plan", "llama-3.1-8b", "--global-batch-size", "8")
         ((*PLAN, "--cluster", "1x8xh100-sxm", "--tp", "3"), 2, "tp=3 does not divide num_heads=32"),
         ((*PLAN, "--cluster", "1x8xh100-sxm", "--tp", "0"), 2, "--tp"),
         ((*PLAN, "--cluster", "1x1xrtx-4090"), 1, "fits cluster '1x1xrtx-4090'"),
-        ((*PLAN, "--cluster", "1x8xh100-sxm", "-o", "/nowhere/plan.json"), 2, "/nowhere does not exist"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "-o", "/nowhere/plan.json"), 2, "its folder /nowhere does not exist"),
         (("plan", "lama-3.1-8b", "--cluster", "1x8xh100-sxm", "--global-batch-size", "8"), 2, "llama-3.1-8b"),
         (("plan", "llama-3.1-8b", "--cluster", "1x8xh100-sxm"), 2, "--global-batch-size"),
         (("validate", "missing.json"), 2, "missing.json: no such file"),
@@ -169,3 +171,23 @@ def test_the_readmes_own_commands_name_real_options():
             option = word.split("=")[0]
             if option.startswith("--"):
                 assert option in shown, line
+
+
+CUT_SHORT = (
+    *("schedule", "-p", "8", "-m", "24", "--backward-us", "18086", "--weight-us", "9337", "--p2p-us", "601"),
+    *("--forward-us", "18522,18000,17000,19000,18522,18000,17500,19100", "--memory-limit", "5.5", "--time-limit", "60"),
+)
+
+
+@pytest.mark.parametrize("solver", ["auto", "cp-sat", "list-scheduling"])
+def test_ctrl_c_gives_the_best_schedule_so_far(solver):
+    process = subprocess.Popen(
+        [*COMMAND, *CUT_SHORT, "--solver", solver, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    answer = json.loads(out)
+    assert answer["interrupted"] or answer["status"] == "optimal" or not answer["limited_by_time"]
+    assert len(answer["schedule"]) == 8

@@ -54,13 +54,17 @@ ONES = PipelineCosts((1.0,), (1.0,), (1.0,), 0.0)
     ("arguments", "error", "message"),
     [
         ({"num_ranks": 0}, LayoutError, "p=0, m=4, v=1: ranks, microbatches and chunks count from 1"),
-        ({"num_ranks": 10**6, "num_microbatches": 10**6}, LayoutError, "make 3000000000000 actions; at most 3000000"),
-        ({"memory_limit": -1.0}, LayoutError, "memory limit -1.0 is not a positive number"),
+        ({"num_ranks": 10**6, "num_microbatches": 10**6}, LayoutError, "make 3000000000000 actions; at most 1000000"),
+        ({"memory_limit": -1.0}, LayoutError, "memory limit -1.0: give a number of microbatches above 0"),
         ({"time_limit_s": float("nan")}, LayoutError, "time limit nan: give a finite number of seconds"),
         ({"solver": "gurobi"}, LayoutError, "no solver is called 'gurobi'; known: auto, list-scheduling, cp-sat, cbc"),
         ({"family": "zb-h9"}, ScheduleError, "no schedule family is called 'zb-h9'"),
         ({"family": "1f1b", "virtual_stages": 2}, LayoutError, "family '1f1b': it runs one stage per rank"),
-        ({"memory_limit": 0.5}, InfeasibleError, "a single microbatch does not fit in 0.5 microbatches of memory"),
+        (
+            {"memory_limit": 0.5},
+            InfeasibleError,
+            "a stage holds 2 of a single microbatch, more than the memory limit of 0.5 × 2 per rank",
+        ),
         ({"num_microbatches": 400, "solver": "cbc"}, LayoutError, "solver 'cbc' does not take this problem: 2400 ops"),
     ],
 )

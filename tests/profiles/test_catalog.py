@@ -445,7 +445,7 @@ def test_a_cluster_file_may_name_devices_and_leave_out_what_follows_from_them(tm
             {"inter_node": {"bandwidth_bytes_per_s": float("nan"), "latency_us": 1}},
             r"bandwidth_bytes_per_s: .*\(given: nan\)",
         ),
-        ({"inter_node": {"bandwidth_bytes_per_s": -1, "latency_us": 1}}, r"greater than 0 \(given: -1"),
+        ({"inter_node": {"bandwidth_bytes_per_s": -1, "latency_us": 1}}, r"greater than or equal to 1 \(given: -1"),
     ],
 )
 def test_a_wrong_cluster_file_is_named_with_the_place_that_is_wrong(changes, message, tmp_path):

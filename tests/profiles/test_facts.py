@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from profiles.cluster import Cluster, DeviceSpec, Link, NodeGroup
 from profiles.errors import CatalogError, FileError, PipewrightError, ProfileError
-from profiles.facts import canonical_json, parse_facts, read_text, write_atomically
+from profiles.facts import canonical_json, check_writable, parse_facts, read_text, write_atomically
 from profiles.model import (
     LatentAttention,
     LayerGroup,
@@ -113,7 +113,7 @@ def test_facts_come_back_from_a_file_as_they_went_in(facts, tmp_path):
     assert path.read_text().endswith("}\n")
 
 
-@given(st.floats(min_value=1e-300, allow_infinity=False), st.floats(min_value=0, allow_infinity=False))
+@given(st.floats(min_value=1, max_value=1e30), st.floats(min_value=0, max_value=1e14))
 @settings(derandomize=True, deadline=None)
 def test_no_bit_of_a_number_is_lost_in_json(bandwidth, latency):
     link = Link(bandwidth_bytes_per_s=bandwidth, latency_us=latency)
@@ -231,9 +231,39 @@ def test_a_save_to_where_nothing_can_be_is_a_file_error(tmp_path):
     with pytest.raises(FileError, match=r"cannot be written \(No such file or directory\)"):
         LINK.save(tmp_path / "no" / "where.json")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileError, match=r"folder: cannot be written"):
+    with pytest.raises(FileError, match=r"folder: is there and is no regular file"):
         LINK.save(tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_save_through_a_link_writes_what_it_points_to_and_devices_are_left_alone(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    LINK.save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert Link.load(tmp_path / "real.json") == LINK
+    os.mkfifo(tmp_path / "pipe")
+    for ask in (LINK.save, check_writable):
+        with pytest.raises(FileError, match=r"pipe: is there and is no regular file"):
+            ask(tmp_path / "pipe")
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path):
+    check_writable(tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileError, match=r"its folder .* does not exist"):
+        check_writable(tmp_path / "no" / "plan.json")
+    for name in ("x" * 250, "x" * 3000, "a\0b"):
+        with pytest.raises(FileError, match="cannot be written"):
+            check_writable(tmp_path / name)
+
+
+def test_numbers_beyond_any_machine_are_refused():
+    for changes in (
+        {"bandwidth_bytes_per_s": 1e-300, "latency_us": 1.0},
+        {"bandwidth_bytes_per_s": 1e9, "latency_us": 1e300},
+    ):
+        with pytest.raises(ValidationError):
+            Link(**changes)
 
 
 def test_canonical_json_does_not_depend_on_the_order_of_keys():
