@@ -258,7 +258,8 @@ def _run(
         except BaseException as error:  # handed to the caller's thread below
             outcome.put(error)
 
-    threading.Thread(target=work, name="cp-sat", daemon=True).start()
+    thread = threading.Thread(target=work, name="cp-sat", daemon=True)
+    thread.start()
     result, interrupted = None, False
     try:
         while result is None:  # not Thread.join: Ctrl-C inside it makes a running thread look ended on Python 3.11
@@ -273,9 +274,11 @@ def _run(
             except KeyboardInterrupt:
                 interrupted = True
                 solver.stop_search()
-    except BaseException:
+    finally:
         solver.stop_search()
-        raise
+        if result is None:  # an error of the progress display is on its way out
+            outcome.get()
+        thread.join()
     if isinstance(result, BaseException):
         raise result
     if result not in _STATUS:

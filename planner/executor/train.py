@@ -120,7 +120,7 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise ExecutionError(
-                    f"the loss of step {step + 1} is {losses[-1]}: training diverged; lower the learning rate, which is "
+                    f"the loss of step {step + 1} is {losses[-1]}: training diverged; lower the learning rate "
                     f"{request.learning_rate:g}"
                 )
             if here.data_rank == 0:

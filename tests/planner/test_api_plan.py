@@ -97,8 +97,8 @@ def test_a_pinned_layout_that_does_not_fit_says_which():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"global_batch_size": 0}, "global batch size 0: give at least 1 sequence"),
-        ({"global_batch_size": 8, "sequence_length": 0}, "sequence length 0: give at least 1 token"),
+        ({"global_batch_size": 0}, "global batch size 0: give 1 to 100000000 sequences"),
+        ({"global_batch_size": 8, "sequence_length": 0}, "sequence length 0: give 1 to 100000000 tokens"),
         ({"global_batch_size": 8, "time_limit_s": 0}, "time limit 0: give a finite number of seconds above 0"),
         ({"global_batch_size": 8, "tp": 3}, "tp=3 does not divide num_heads=32"),
         ({"global_batch_size": 8, "dtype": "int8"}, "dtype 'int8' is not known; choose one of bfloat16"),

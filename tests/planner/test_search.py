@@ -162,8 +162,7 @@ def test_a_search_that_is_cut_short_says_so():
     assert hurried.limited_by_time
     assert hurried.num_unreached > 0
     assert hurried.lower_bound_us / hurried.ranked[0].step_us <= with_time
-    with pytest.raises(InfeasibleError, match=r"might fit, but nothing was found that does.*raise the time limit"):
-        search(job, space, Pins(), time_limit_s=1e-6, seed=0)
+    assert search(job, space, Pins(), time_limit_s=1e-6, seed=0).ranked[0].fits  # any layout is better than none
 
 
 @pytest.mark.parametrize("family", ["1f1b", "zb-h1", "gpipe"])
