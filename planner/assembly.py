@@ -143,6 +143,6 @@ def _assumptions(job: Job) -> tuple[str, ...]:
     ]
     if len(job.cluster.groups) > 1:
         notes.append("The cluster is mixed: every stage is priced on its slowest device.")
-    if job.profile.links is not None:
+    if job.profile.links is not None and job.cluster.num_nodes == 1:
         notes.append("Transfers as measured with the profile.")
     return tuple(notes)

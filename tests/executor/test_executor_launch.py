@@ -63,6 +63,13 @@ def test_a_process_that_cannot_work_ends_the_run_with_its_own_words(plan_path):
     assert "Traceback" in Path(log[1]).read_text()
 
 
+def test_training_that_diverges_ends_with_the_step_and_the_learning_rate(plan_path):
+    with pytest.raises(
+        ExecutionError, match=r"the loss of step \d+ is (nan|inf): training diverged; lower the learning rate"
+    ):
+        run_plan(plan_path, steps=5, device="cpu", learning_rate=1e30)
+
+
 def test_a_killed_process_ends_the_run_and_is_named(plan_path):
     def kill_one(_):
         for pid in workers():
