@@ -163,7 +163,9 @@ class _Search:
             elif variant not in known:
                 self.result.refused["not profiled"] += 1
             else:
-                layers = layers_of.setdefault(variant, self.pricer.layers(candidate))
+                if variant not in layers_of:
+                    layers_of[variant] = self.pricer.layers(candidate)
+                layers = layers_of[variant]
                 if self._overflows_everywhere(candidate, layers):
                     self.result.refused["does not fit in memory"] += 1
                 else:
