@@ -99,10 +99,9 @@ def plan(
 
 
 def _beside_pinned(pinned: PricedLayout, free: SearchResult) -> list[tuple[str, PricedLayout]]:
-    """The layouts of a search without pins, the best of them named, unless it is the pinned one."""
+    """The layouts of a search without pins, the best of them named, also where it is the pinned one."""
     others = [priced for priced in runners_up(free) if priced.candidate[:3] != pinned.candidate[:3]]
-    best = [] if free.ranked[0].candidate == pinned.candidate else [("without pins", free.ranked[0])]
-    return [*best, *(("", priced) for priced in others)]
+    return [("without pins", free.ranked[0]), *(("", priced) for priced in others)]
 
 
 def profile(

@@ -28,6 +28,7 @@ NUM_RUNNERS_UP = 5  # other layouts that are priced, if there are any, though th
 NUM_POLISHED = 2  # best candidates that get a solver-made schedule
 _PRICING_SHARE = 0.6  # of the time limit; what is left goes to second tries, then to solvers
 _SECOND_TRY_SHARE = 0.75
+_POLISH_SHARE = 0.9
 _GRACE_S = 10.0  # beyond the limit, to find any layout at all
 _TOLERANCE = 1e-9
 
@@ -319,7 +320,7 @@ class _Search:
             return
         chosen = sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))[:NUM_POLISHED]
         for position, priced in enumerate(chosen):
-            share = (self.time_limit_s - self._elapsed_s()) / (len(chosen) - position)
+            share = (self.time_limit_s * _POLISH_SHARE - self._elapsed_s()) / (len(chosen) - position)
             if self.result.interrupted:
                 return
             if priced.candidate.pp == 1 or self._num_actions(priced.candidate) > SOLVER_ACTION_LIMIT or share < 0.1:

@@ -69,6 +69,14 @@ def test_a_pinned_layout_is_priced_beside_the_best_without_pins():
     assert beside["without pins"].step_time_us <= found.prediction.step_time_us
 
 
+def test_a_pinned_layout_that_is_the_best_is_shown_to_be():
+    free = plan("gpt2-xl", "1x4xa100-40gb", global_batch_size=32, family="1f1b", time_limit_s=60)
+    degrees = {name: getattr(free.layout, name) for name in ("tp", "pp", "dp")}
+    pinned = plan("gpt2-xl", "1x4xa100-40gb", global_batch_size=32, family="1f1b", time_limit_s=60, **degrees)
+    assert pinned.layout == free.layout
+    assert (pinned.alternatives[0].label, pinned.alternatives[0].layout) == ("without pins", free.layout.degrees)
+
+
 def test_recomputation_is_chosen_where_nothing_else_fits():
     found = plan(
         "llama-3.1-8b",
