@@ -65,6 +65,11 @@ class Candidate(NamedTuple):
         """Pipeline stages, S = p · v."""
         return self.pp * self.virtual_stages
 
+    @property
+    def can_split_backward(self) -> bool:
+        """Whether B and W may run apart: recomputing layers keep their backward in one piece."""
+        return self.recompute == "none"
+
     def variant(self, sequence_length: int, dtype: Dtype) -> Variant:
         """The circumstances under which this candidate needs each layer's costs."""
         return Variant(

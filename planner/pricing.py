@@ -242,7 +242,7 @@ class Pricer:
             cut.stages,
             cut.rank_of_stage,
             cut.candidate.num_microbatches,
-            splits_backward=cut.candidate.recompute == "none",
+            splits_backward=cut.candidate.can_split_backward,
             capacity_bytes=room,
         )
         solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed)
@@ -254,7 +254,7 @@ class Pricer:
     def schedule_bound_us(self, cut: Cut) -> float:
         """A lower bound on the pipeline time of this cut under any order, its backward split or not."""
         bounds = []
-        for splits_backward in (False, True) if cut.candidate.recompute == "none" else (False,):
+        for splits_backward in (False, True) if cut.candidate.can_split_backward else (False,):
             problem = pipeline_problem(
                 cut.stages,
                 cut.rank_of_stage,

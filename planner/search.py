@@ -146,7 +146,7 @@ class _Search:
         best_us = self._best_us()
         result.num_pruned = sum(floor >= best_us * (1 - _TOLERANCE) for floor, _, _ in self.queue)
         result.num_unreached = len(self.queue) - result.num_pruned
-        result.ranked = sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))
+        result.ranked = self._ranked()
         result.lower_bound_us = self._lower_bound_us()
         result.seconds = self._elapsed_s()
         return result
@@ -172,16 +172,16 @@ class _Search:
                 else:
                     floor = self.pricer.floor(candidate, layers)
                     floors = {split: floor.step_us(splits_backward=split) for split in (False, True)}
-                    may_split = self.family is None and candidate.recompute == "none" and candidate.pp > 1
+                    may_split = self.family is None and candidate.can_split_backward and candidate.pp > 1
                     yield _Node(candidate, layers, families, floors, may_split)
 
     def _families(self, candidate: Candidate) -> tuple[Family, ...]:
-        """Fixed families that can run this candidate. Recomputing layers keep their backward in one piece."""
+        """Fixed families that can run this candidate; without a pipeline there is nothing to split a backward for."""
         families = [
             family
             for family in FAMILIES.values()
             if family.supports(candidate.pp, candidate.num_microbatches, candidate.virtual_stages) is None
-            and not (family.splits_backward and (candidate.recompute != "none" or candidate.pp == 1))
+            and not (family.splits_backward and not (candidate.can_split_backward and candidate.pp > 1))
             and self.family in (None, family.name)
         ]
         return tuple(sorted(families, key=lambda family: (not family.splits_backward, family.name)))
@@ -257,9 +257,10 @@ class _Search:
     def _hold_fewer_microbatches(self, node: _Node) -> bool:
         """Let list scheduling make an order within the memory there is; a rank holds one microbatch at least."""
         candidate, placement = node.candidate, tuple(range(node.candidate.pp))
-        splits = candidate.recompute == "none"
         one_each = [(1, 0)] * candidate.pp
-        cuts = self.pricer.partition(candidate, node.layers, placement, one_each, splits_backward=splits).cuts
+        cuts = self.pricer.partition(
+            candidate, node.layers, placement, one_each, splits_backward=candidate.can_split_backward
+        ).cuts
         if cuts is None:
             return False
         self._list_schedule(self.pricer.cut(candidate, node.layers, cuts, placement))
@@ -318,7 +319,7 @@ class _Search:
         """Give the best few candidates a solver-made schedule."""
         if self.family is not None:
             return
-        chosen = sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))[:NUM_POLISHED]
+        chosen = self._ranked()[:NUM_POLISHED]
         for position, priced in enumerate(chosen):
             share = (self.time_limit_s * _POLISH_SHARE - self._elapsed_s()) / (len(chosen) - position)
             if self.result.interrupted:
@@ -334,7 +335,7 @@ class _Search:
         """Find the best layout of a few more (tp, pp, dp) under the fixed families, for readers to compare with."""
         if not self.best:
             return
-        answer = min(self.best.values(), key=lambda priced: priced.step_us).candidate[:3]
+        answer = self._ranked()[0].candidate[:3]
         of_degrees: dict[tuple[int, ...], list[_Node]] = {}
         for _, _, node in sorted(self.queue, key=lambda entry: entry[:2]):
             of_degrees.setdefault(node.candidate[:3], []).append(node)
@@ -372,6 +373,9 @@ class _Search:
 
     def _elapsed_s(self) -> float:
         return time.monotonic() - self.started
+
+    def _ranked(self) -> list[PricedLayout]:
+        return sorted(self.best.values(), key=lambda priced: (priced.step_us, priced.candidate))
 
     def _best_us(self) -> float:
         return min((priced.step_us for priced in self.best.values()), default=math.inf)

@@ -54,18 +54,12 @@ FactsT = TypeVar("FactsT", bound=BaseModel)
 
 def check_writable(path: str | Path) -> None:
     """FileError unless a file can be made at `path`: to be asked before work whose result will be saved there."""
-    target = Path(path)
-    try:
-        target = target.resolve()
-        if target.exists() and not target.is_file():
-            raise FileError(f"{path}: is there and is no regular file; name another")
-        if not target.parent.is_dir():
-            raise FileError(f"{path}: its folder {target.parent} does not exist; make it, or choose another")
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path}: cannot be written ({error})") from None
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileError(f"{path}: its folder {folder} does not exist; make it, or choose another")
+    _, handle, temporary = _temporary_beside(path)
     os.close(handle)
-    Path(temporary).unlink()
+    temporary.unlink()
 
 
 def is_file(text: str) -> bool:
@@ -114,25 +108,31 @@ def _shorten(value: object, limit: int = 60) -> str:
 
 def write_atomically(path: str | Path, text: str) -> None:
     """Write `text` to a temporary file beside `path`, then rename it into place."""
-    target = Path(path).resolve()  # a link stays a link
-    if target.exists() and not target.is_file():
-        raise FileError(f"{path}: is there and is no regular file; name another")
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror})") from None
+    target, handle, temporary = _temporary_beside(path)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
         umask = os.umask(0)
         os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(target)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise FileError(f"{path}: cannot be written ({error.strerror})") from None
         raise
+
+
+def _temporary_beside(path: str | Path) -> tuple[Path, int, Path]:
+    """Where `path` leads (a link stays a link), and an open temporary file in that folder: handle and name."""
+    try:
+        target = Path(path).resolve()
+        if target.exists() and not target.is_file():
+            raise FileError(f"{path}: is there and is no regular file; name another")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    return target, handle, Path(temporary)
 
 
 def canonical_json(facts: BaseModel) -> str:
