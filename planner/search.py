@@ -182,7 +182,7 @@ class _Search:
             for family in FAMILIES.values()
             if family.supports(candidate.pp, candidate.num_microbatches, candidate.virtual_stages) is None
             and not (family.splits_backward and not (candidate.can_split_backward and candidate.pp > 1))
-            and self.family in (None, family.name)
+            and (family.in_layout_search if self.family is None else family.name == self.family)
         ]
         return tuple(sorted(families, key=lambda family: (not family.splits_backward, family.name)))
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 from hypothesis import strategies as st
 
 from planner.schedule.actions import Action, Kind, Schedule
+from planner.schedule.families import Family
 from planner.schedule.simulation import StageTimes
 
 
@@ -72,6 +73,15 @@ def stages_for(draw, schedule: Schedule, *, zeros=True) -> list[StageTimes]:
     times = st.integers(0 if zeros else 1, 20)
     sizes = st.integers(0, 9)
     return [StageTimes(*(draw(times) for _ in range(5)), draw(sizes), draw(sizes)) for _ in range(schedule.num_stages)]
+
+
+def numbers_for(family: Family, num_ranks: int, num_microbatches: int) -> tuple[int, int]:
+    """Microbatches, at least this many, and chunks that the family has a schedule for."""
+    while True:
+        for chunks in (1, 2):
+            if family.supports(num_ranks, num_microbatches, chunks) is None:
+                return num_microbatches, chunks
+        num_microbatches += 1
 
 
 def can_run(schedule: Schedule, num_stages: int, num_microbatches: int) -> bool:

@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import can_run, valid_schedules
+from schedule_cases import can_run, numbers_for, valid_schedules
 
 from planner.errors import ScheduleError
 from planner.schedule.actions import Action, Kind, Schedule
@@ -239,11 +239,11 @@ def mutated(draw, schedule: Schedule) -> Schedule:
 
 
 FROM_FAMILIES = st.builds(
-    lambda name, p, m: get_family(name).generate(p, m, 2 if name == "interleaved-1f1b" else 1),
+    lambda name, p, m: get_family(name).generate(p, *numbers_for(get_family(name), p, m)),
     st.sampled_from(sorted(FAMILIES)),
     st.integers(1, 3),
     st.integers(1, 4),
-).filter(lambda schedule: schedule.num_ranks > 0)
+)
 
 
 @given(st.data())

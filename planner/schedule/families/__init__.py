@@ -3,16 +3,39 @@
 from difflib import get_close_matches
 
 from planner.errors import ScheduleError
-from planner.schedule.families import gpipe, interleaved_1f1b, one_f_one_b, zb_h1
+from planner.schedule.families import (
+    afp,
+    breadth_first,
+    dualpipe_v,
+    gpipe,
+    hanayo,
+    interleaved_1f1b,
+    naive,
+    one_f_one_b,
+    v_half,
+    v_min,
+    zb_h1,
+    zb_h2,
+    zb_v,
+)
 from planner.schedule.families.base import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
+        naive.FAMILY,
         gpipe.FAMILY,
         one_f_one_b.FAMILY,
+        afp.FAMILY,
         interleaved_1f1b.FAMILY,
+        breadth_first.FAMILY,
+        hanayo.FAMILY,
         zb_h1.FAMILY,
+        zb_h2.FAMILY,
+        zb_v.FAMILY,
+        v_half.FAMILY,
+        v_min.FAMILY,
+        dualpipe_v.FAMILY,
     )
 }
 

@@ -21,12 +21,29 @@ def round_robin(num_ranks: int, virtual_stages: int) -> tuple[int, ...]:
     return tuple(stage % num_ranks for stage in range(num_ranks * virtual_stages))
 
 
+def vee(num_ranks: int, virtual_stages: int) -> tuple[int, ...]:
+    """Stages down the ranks, then up, then down again: turning points stay on one rank. Shape (p · v,).
+
+    With two chunks per rank it is the letter V: chunk 0 of rank r is stage r, chunk 1 stage 2p − 1 − r.
+    """
+    down = tuple(range(num_ranks))
+    return tuple(rank for chunk in range(virtual_stages) for rank in (down[::-1] if chunk % 2 else down))
+
+
 def only_one_stage_per_rank(num_ranks: int, num_microbatches: int, virtual_stages: int) -> str | None:
     """The refusal of families that know no chunks: a reason unless v is 1."""
     del num_ranks, num_microbatches
     if virtual_stages == 1:
         return None
     return f"it runs one stage per rank, not {virtual_stages}; choose 1, or an interleaved family"
+
+
+def only_two_stages_per_rank(num_ranks: int, num_microbatches: int, virtual_stages: int) -> str | None:
+    """The refusal of families that are drawn for a V: a reason unless v is 2."""
+    del num_ranks, num_microbatches
+    if virtual_stages == 2:
+        return None
+    return f"it runs two stages per rank, in a V, not {virtual_stages}; choose virtual_stages=2"
 
 
 @dataclass(frozen=True)
@@ -40,10 +57,11 @@ class Family:
     name: str  # what users type
     title: str
     source: str  # paper, arXiv number, section
-    splits_backward: bool  # B and W apart; False: one BW
+    splits_backward: bool  # B and W apart, of some microbatches at least; False: always one BW
     build: Callable[[int, int, int], Schedule]
     place: Callable[[int, int], tuple[int, ...]] = linear
     refuse: Callable[[int, int, int], str | None] = only_one_stage_per_rank
+    in_layout_search: bool = False  # whether `plan` tries it unasked; pinned by name, every family is tried
 
     def supports(self, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> str | None:
         """Why this family has no schedule for these numbers; None when it has one."""

@@ -27,4 +27,5 @@ FAMILY = Family(
     source="Huang et al., GPipe, NeurIPS 2019, arXiv 1811.06965, section 2.3",
     splits_backward=False,
     build=_build,
+    in_layout_search=True,
 )

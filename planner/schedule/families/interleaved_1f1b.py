@@ -60,4 +60,5 @@ FAMILY = Family(
     build=_build,
     place=round_robin,
     refuse=_refuse,
+    in_layout_search=True,
 )

@@ -30,4 +30,5 @@ FAMILY = Family(
     source="Narayanan et al., PipeDream-Flush, ICML 2021, arXiv 2006.09503; DAPPLE, arXiv 2007.01045",
     splits_backward=False,
     build=_build,
+    in_layout_search=True,
 )

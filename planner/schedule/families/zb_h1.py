@@ -10,26 +10,19 @@ right where T_W ≤ min(T_F, T_B). Peak activations on rank r, for M_B held from
 and M_W ≤ M_B of it on to W: at most (p − r) M_B + r M_W, reached when m ≥ p.
 """
 
-from planner.schedule.actions import Action, Kind, Schedule
+from planner.schedule.actions import Schedule
 from planner.schedule.families.base import Family
+from planner.schedule.families.zero_bubble import handcrafted
 
 
 def _build(num_ranks: int, num_microbatches: int, virtual_stages: int) -> Schedule:
     del virtual_stages
-    ranks = []
-    for rank in range(num_ranks):
-        warm_up = min(num_microbatches, num_ranks - rank)
-        order = [Action(Kind.F, rank, j) for j in range(warm_up)]
-        for j in range(num_microbatches):
-            order.append(Action(Kind.B, rank, j))
-            if j >= rank:
-                order.append(Action(Kind.W, rank, j - rank))
-            if warm_up + j < num_microbatches:
-                order.append(Action(Kind.F, rank, warm_up + j))
-        lag = min(rank, num_microbatches)
-        order += [Action(Kind.W, rank, j) for j in range(num_microbatches - lag, num_microbatches)]
-        ranks.append(tuple(order))
-    return Schedule(tuple(ranks))
+    return Schedule(
+        tuple(
+            handcrafted(rank, num_microbatches, warm_up=min(num_microbatches, num_ranks - rank), weight_lag=rank)
+            for rank in range(num_ranks)
+        )
+    )
 
 
 FAMILY = Family(
@@ -38,4 +31,5 @@ FAMILY = Family(
     source="Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024, arXiv 2401.10241, section 2",
     splits_backward=True,
     build=_build,
+    in_layout_search=True,
 )
