@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal
 
+from planner.errors import ScheduleError
 from planner.schedule.actions import Action, Kind, Schedule
 from planner.schedule.transfers import Transfer, transfers
 
@@ -41,7 +42,14 @@ class RankProgram:
 
 
 def rank_program(schedule: Schedule, rank: int) -> RankProgram:
-    """The program of `rank`, from 0; ScheduleError as `planner.schedule.validation.check` raises it."""
+    """The program of `rank`, from 0; ScheduleError as `planner.schedule.validation.check` raises it, and for R."""
+    for number, actions in enumerate(schedule.ranks):
+        for step, action in enumerate(actions):
+            if action.kind is Kind.R:
+                raise ScheduleError(
+                    f"rank {number}, step {step}: {action} recomputes a stage as an action of its own, which the "
+                    "executor does not run; schedule without --recompute-us, or recompute whole layers in the plan"
+                )
     every = transfers(schedule)
     index = {(_is_forward(a), a.stage, a.microbatch): n for ac in schedule.ranks for n, a in _produced(ac)}
     mine = schedule.ranks[rank]

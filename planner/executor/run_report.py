@@ -19,7 +19,7 @@ class StepParts(Facts):
 class ActionTime(Facts):
     """One kind of action on one stage: mean over microbatches, data ranks and steps."""
 
-    kind: Literal["F", "B", "W", "BW"]
+    kind: Literal["F", "B", "W", "BW", "R"]
     stage: int
     count: Count  # actions measured
     measured_us: NonNegative

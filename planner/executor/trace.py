@@ -17,7 +17,7 @@ from pydantic import Field
 from planner.executor.groups import Coordinates
 from profiles.facts import Facts, NonNegative
 
-EventKind = Literal["F", "B", "W", "BW", "drain", "reduce", "optimizer"]
+EventKind = Literal["F", "B", "W", "BW", "R", "drain", "reduce", "optimizer"]
 
 
 class TraceEvent(Facts):

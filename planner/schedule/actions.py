@@ -22,6 +22,7 @@ class Kind(StrEnum):
     B = "B"  # gradient of the input
     W = "W"  # gradient of the weights
     BW = "BW"  # both in one go
+    R = "R"  # the forward again, from its checkpoint
 
 
 class Action(NamedTuple):
@@ -40,12 +41,12 @@ class Action(NamedTuple):
         match = _ACTION.fullmatch(text)
         if match is None:
             raise ScheduleError(
-                f"{text!r} is not an action; write kind, stage, microbatch, like F0.3, B0.3, W0.3 or BW0.3"
+                f"{text!r} is not an action; write kind, stage, microbatch, like F0.3, B0.3, W0.3, BW0.3 or R0.3"
             )
         return cls(Kind(match[1]), int(match[2]), int(match[3]))
 
 
-_ACTION = re.compile(r"(F|BW|B|W)(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})", re.ASCII)
+_ACTION = re.compile(r"(F|BW|B|W|R)(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})", re.ASCII)
 
 
 @dataclass(frozen=True)

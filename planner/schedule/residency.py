@@ -18,7 +18,7 @@ def peak_in_flight(schedule: Schedule, weight_ratio: float) -> tuple[tuple[int, 
                 counts[0] += 1
             elif kind is Kind.W:
                 counts[1] -= 1
-            else:
+            elif kind is not Kind.R:
                 counts[0] -= 1
                 counts[1] += kind is Kind.B
             now = counts[0] + weight_ratio * counts[1]
@@ -42,7 +42,7 @@ def peak_per_rank(schedule: Schedule) -> tuple[tuple[int, int], ...]:
                 held[stage] += 1
                 total = max(total, sum(held.values()))
                 common = max(common, min(held.values()))
-            elif kind is not Kind.W:
+            elif kind in (Kind.B, Kind.BW):
                 held[stage] -= 1
         peaks.append((total, common))
     return tuple(peaks)

@@ -59,6 +59,8 @@ class StageTimes:
     transfer_us: float = 0.0
     activation_bytes: int = 0
     weight_activation_bytes: int = 0
+    recompute_us: float = 0.0
+    checkpoint_bytes: int = 0  # what F takes of a microbatch that is recomputed
 
 
 class TimedAction(NamedTuple):
@@ -95,7 +97,7 @@ class Timeline:
         return _rate(self.span_us, self.work_us)
 
 
-_TIMES = ("forward_us", "backward_input_us", "backward_weight_us", "fused_backward_us", "transfer_us")
+_TIMES = ("forward_us", "backward_input_us", "backward_weight_us", "fused_backward_us", "transfer_us", "recompute_us")
 
 
 def _rate(cost_us: float, work_us: float) -> float:
@@ -110,14 +112,16 @@ def simulate(schedule: Schedule, stages: Sequence[StageLike]) -> Timeline:
     orders has (end of the last − start of the first action) ≤ D on every rank.
 
     F takes M_B at its start. The end of B leaves M_W of it, the end of W nothing; where M_W > M_B the
-    difference is taken when B starts. The end of BW gives M_B back. A rank's peak is of its own stages alone.
+    difference is taken when B starts. The end of BW gives M_B back. A rank's peak is of its own stages alone. Of a
+    microbatch that has an R, F takes the stage's checkpoint only, and R the rest of M_B when it starts; stages without
+    `recompute_us` and `checkpoint_bytes` run R in no time and save nothing by it.
 
     ScheduleError when the schedule cannot run or is not for these stages; ValueError for a negative or
     non-finite time.
     """
     for index, stage in enumerate(stages):
         for name in _TIMES:
-            value = getattr(stage, name)
+            value = getattr(stage, name, 0.0)
             if not 0 <= value < math.inf:
                 raise ValueError(f"stage {index}: {name} is {value}, not a finite time of at least 0")
     order = run_order(schedule, num_stages=len(stages))
@@ -149,6 +153,7 @@ def _durations_us(stages: Sequence[StageLike]) -> dict[str, list[float]]:
         Kind.B: [stage.backward_input_us for stage in stages],
         Kind.W: [stage.backward_weight_us for stage in stages],
         Kind.BW: [stage.fused_backward_us for stage in stages],
+        Kind.R: [getattr(stage, "recompute_us", 0.0) for stage in stages],
     }
 
 
@@ -184,7 +189,7 @@ def _propagate(
         if kind == "F":
             if stage > 0 and crosses[stage - 1]:
                 arrived = activations.pop((stage - 1) * m + microbatch)
-        elif kind != "W" and crosses[stage]:
+        elif crosses[stage] and (kind == "B" or kind == "BW"):
             arrived = gradients.pop((stage + 1) * m + microbatch)
         if arrived is not None:
             start_us = max(start_us, arrived[0])
@@ -196,7 +201,7 @@ def _propagate(
         if kind == "F":
             if crosses[stage]:
                 activations[stage * m + microbatch] = (end_us + hop_us[stage], row + hop_us[stage])
-        elif kind != "W" and stage > 0 and crosses[stage - 1]:
+        elif stage > 0 and crosses[stage - 1] and (kind == "B" or kind == "BW"):
             gradients[stage * m + microbatch] = (end_us + hop_us[stage - 1], row + hop_us[stage - 1])
     return starts_us, reach_us.T
 
@@ -218,10 +223,15 @@ def _largest_cycle_mean(weights: NDArray[np.float64]) -> float:
 
 def _peak_bytes(actions: Sequence[Action], stages: Sequence[StageLike]) -> int:
     held = peak = 0
-    for kind, index, _ in actions:
+    recomputed = {(index, microbatch) for kind, index, microbatch in actions if kind == "R"}
+    for kind, index, microbatch in actions:
         stage = stages[index]
         if kind == "F":
             held += stage.activation_bytes
+            if (index, microbatch) in recomputed:
+                held -= _saved_bytes(stage)
+        elif kind == "R":
+            held += _saved_bytes(stage)
         elif kind == "BW":
             held -= stage.activation_bytes
         elif kind == "W":
@@ -231,3 +241,8 @@ def _peak_bytes(actions: Sequence[Action], stages: Sequence[StageLike]) -> int:
             held += change  # at the start of B when it grows, at its end when it shrinks: no peak in between
         peak = max(peak, held)
     return peak
+
+
+def _saved_bytes(stage: StageLike) -> int:
+    """What a microbatch that is recomputed need not hold before R."""
+    return stage.activation_bytes - getattr(stage, "checkpoint_bytes", stage.activation_bytes)

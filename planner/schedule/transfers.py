@@ -55,6 +55,6 @@ def transfers(schedule: Schedule) -> tuple[Transfer, ...]:
         if kind == "F":
             if stage < last and home[stage + 1] != rank:
                 found.append(Transfer("activation", stage, stage + 1, rank, home[stage + 1], microbatch))
-        elif kind != "W" and stage > 0 and home[stage - 1] != rank:
+        elif kind in ("B", "BW") and stage > 0 and home[stage - 1] != rank:
             found.append(Transfer("gradient", stage, stage - 1, rank, home[stage - 1], microbatch))
     return tuple(found)

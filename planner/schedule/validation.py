@@ -2,6 +2,7 @@
 
 Every stage lives on one rank and runs F of every microbatch once, and its backward once: either BW, or B and
 later W. F s.j needs F (s-1).j; B and BW s.j need F s.j and the backward of stage s + 1; W s.j needs B s.j.
+R s.j, where there is one, runs once, after F s.j and before the backward.
 Within a rank the list is the order, so what is left to check is that the ranks together can get through their
 lists.
 """
@@ -69,6 +70,7 @@ def _check_each_action(
     inputs: dict[int, int] = {}
     weights: dict[int, int] = {}
     fused: dict[int, int] = {}
+    again: dict[int, int] = {}  # of R
     for rank, actions in enumerate(schedule.ranks):
         for step, action in enumerate(actions):
             kind, stage, microbatch = action
@@ -86,6 +88,10 @@ def _check_each_action(
                 seen = fused
                 if key in inputs:
                     raise _mixed(schedule, rank, step, inputs[key])
+            elif kind == "R":
+                seen = again
+                if key in fused or key in inputs:
+                    raise _too_late(schedule, rank, step, fused[key] if key in fused else inputs[key])
             else:
                 seen = inputs if kind == "B" else weights
                 if key in fused:
@@ -130,7 +136,7 @@ def _sweep(schedule: Schedule, num_stages: int, num_microbatches: int, home: dic
                 forward_done[key] = 1
                 if key in waits_for_forward:
                     ready.append(waits_for_forward.pop(key))
-            elif kind != "W":
+            elif kind == "B" or kind == "BW":
                 if stage < last and not backward_done[key + m]:
                     waits_for_backward[key + m] = rank
                     break
@@ -187,6 +193,12 @@ def _too_early(schedule: Schedule, rank: int, step: int, needs: Kind) -> Schedul
     except ValueError:
         where = f"which is missing; put {needed} before it"
     return _error(schedule, rank, step, f"{action} runs before {needed}, {where}")
+
+
+def _too_late(schedule: Schedule, rank: int, step: int, other_step: int) -> ScheduleError:
+    action, other = schedule.ranks[rank][step], schedule.ranks[rank][other_step]
+    what = f"{action} runs after {other}, which is at step {other_step} and needs it; put {action} first"
+    return _error(schedule, rank, step, what)
 
 
 def _missing(
