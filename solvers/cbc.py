@@ -5,7 +5,8 @@ two ops of a rank whose order the precedences leave open, a binary that says whi
 memory at an op as the sum of what the ops before it took and gave back; a row per op that lets the cost cover the
 op's end and all work of its rank behind it. We depart in four ways: any number of chunks and a capacity per rank;
 big-M is the incumbent's cost, which no two ops of a rank are further apart than; the bound of `solvers.bounds` is
-the cost's lower limit; the cost is whole µs.
+the cost's lower limit; the cost is whole µs. Where a stage recomputes, its R are ops like the others, and the limit
+in flight is among the precedences.
 
 The binaries grow as 3·p·m·(m-1)/2 for one chunk per rank; CBC handles a few hundred.
 """
@@ -163,23 +164,24 @@ class _Model:
 
     def _add_memory(self, rank: int, keys: Sequence[Key], before: "_Before") -> None:
         problem = self._problem
-        if problem.capacity_bytes is None:
+        if problem.room_bytes is None:
             return
+        room = problem.room_bytes[rank]
         take: dict[Key, int] = {}
         change: dict[Key, int] = {}
         for key in keys:
             kind, s, _ = key
-            taken = problem.activation_bytes[s]
+            first, rest = problem.taken_by_forward_bytes[s], problem.restored_bytes[s]
             left = problem.kept_bytes[s] if problem.has_weight_op[s] else 0
-            take[key] = {"F": taken, "B": problem.extra_bytes[s], "W": 0}[kind]
-            change[key] = {"F": taken, "B": left - taken, "W": -left}[kind]
-        if sum(take.values()) <= problem.capacity_bytes[rank]:
+            take[key] = {"F": first, "R": rest, "B": problem.extra_bytes[s], "W": 0}[kind]
+            change[key] = {"F": first, "R": rest, "B": left - first - rest, "W": -left}[kind]
+        if sum(take.values()) <= room:
             return
         unit = gcd(*take.values(), *change.values())
         for key in keys:
             if take[key]:
                 held = before.weighted_sum([(other, key, change[other] // unit) for other in keys if other != key])
-                self._program += held <= problem.capacity_bytes[rank] // unit - take[key] // unit
+                self._program += held <= room // unit - take[key] // unit
 
     def solve(self, time_limit_s: float, seed: int) -> Status:
         """Run CBC, its files in a folder that goes away whatever happens."""
@@ -212,8 +214,8 @@ class _Reach:
         for earlier, later, _ in precedences(problem):
             behind[earlier].append(later)
         self._reached: dict[Key, int] = {}  # bit set of everything behind an op
-        # every precedence goes up in: microbatch, then F B W, then stages up for F and down for B
-        keys.sort(key=lambda key: (key[2], "FBW".index(key[0]), key[1] if key[0] == "F" else -key[1]))
+        # every precedence goes up in: microbatch, then F R B W, then stages up for F and down for B
+        keys.sort(key=lambda key: (key[2], "FRBW".index(key[0]), key[1] if key[0] == "F" else -key[1]))
         for key in reversed(keys):
             bits = 0
             for later in behind[key]:

@@ -3,8 +3,9 @@
 One start variable per op, in microbatch order per stage and kind (no loss, see `solvers.pipeline`); a W of 0 µs is
 part of its back op. Per rank one no-overlap constraint and one cumulative constraint, whose intervals are what a
 microbatch holds: M_B − M_W from F start to back op end and M_W from F start to W end; where M_W > M_B,
-M_B from F start to W end and M_W − M_B from B start to W end. Times and bytes are divided by their greatest
-common divisors.
+M_B from F start to W end and M_W − M_B from B start to W end. Where the stage recomputes, what exceeds the checkpoint
+starts with R instead of F, of the part up to the back op's end first. Times and bytes are divided by their greatest
+common divisors. The limit in flight is among the precedences.
 
 Horizon. For the makespan, the incumbent's. For the span: in any schedule F(S-1, 0) lies inside the window of every
 rank, since each rank has an op before it and an op after it (or is its host), so no rank starts earlier than C before
@@ -90,7 +91,7 @@ class CpSat:
             if not score.fits or score.objective_us > claimed_us:
                 raise SolverError(
                     f"CP-SAT's order scores {score.objective_us} µs and {score.peak_bytes} bytes, its model says "
-                    f"{claimed_us} µs within {problem.capacity_bytes} bytes"
+                    f"{claimed_us} µs within {problem.capacity_bytes} bytes and {problem.max_in_flight} in flight"
                 )
             if score.objective_us < best_score.objective_us:
                 best, best_score = order, score
@@ -151,7 +152,7 @@ class _Model:
             model.add(starts[after] >= starts[before] + (length[before] + int(delay_us / grain_us)))
         for row in intervals:
             model.add_no_overlap(row)
-        if problem.capacity_bytes is not None:
+        if problem.room_bytes is not None:
             for rank in range(problem.num_ranks):
                 self._add_memory(rank, length, horizon)
 
@@ -174,30 +175,30 @@ class _Model:
 
     def _add_memory(self, rank: int, length: dict[Key, int], horizon: int) -> None:
         problem, model, starts = self.problem, self.model, self._starts
-        assert problem.capacity_bytes is not None
-        capacity = problem.capacity_bytes[rank]
+        assert problem.room_bytes is not None
+        room = problem.room_bytes[rank]
         held: list[tuple[Any, Any, int]] = []
         for s in problem.stages_of_rank[rank]:
-            taken, kept, extra = problem.activation_bytes[s], problem.kept_bytes[s], problem.extra_bytes[s]
+            first, rest = problem.taken_by_forward_bytes[s], problem.restored_bytes[s]
+            kept = problem.kept_bytes[s] if problem.has_weight_op[s] else 0
             for j in range(problem.num_microbatches):
-                start = starts["F", s, j]
                 back_end = starts["B", s, j] + length["B", s, j]
-                if problem.has_weight_op[s]:
-                    weight_end = starts["W", s, j] + length["W", s, j]
-                    held.append((start, back_end, max(0, taken - kept)))
-                    held.append((start, weight_end, min(taken, kept)))
-                    held.append((starts["B", s, j], weight_end, extra))
-                else:
-                    held.append((start, back_end, taken))
-                    held.append((starts["B", s, j], back_end, extra))
+                last_end = starts["W", s, j] + length["W", s, j] if problem.has_weight_op[s] else back_end
+                held.append((starts["F", s, j], back_end, max(0, first - kept)))
+                held.append((starts["F", s, j], last_end, min(first, kept)))
+                if rest:
+                    kept_of_rest = min(rest, max(0, kept - first))
+                    held.append((starts["R", s, j], back_end, rest - kept_of_rest))
+                    held.append((starts["R", s, j], last_end, kept_of_rest))
+                held.append((starts["B", s, j], last_end, problem.extra_bytes[s]))
         held = [(start, end, size) for start, end, size in held if size]
-        if sum(size for _, _, size in held) <= capacity:
+        if sum(size for _, _, size in held) <= room:
             return
         unit = gcd(*(size for _, _, size in held))
         rows = []
         for start, end, _ in held:
             rows.append(model.new_interval_var(start, model.new_int_var(0, horizon, ""), end, ""))
-        model.add_cumulative(rows, [size // unit for _, _, size in held], capacity // unit)
+        model.add_cumulative(rows, [size // unit for _, _, size in held], room // unit)
 
     def cost_us(self, value: float) -> int:
         """What an answer with this objective value costs at most."""

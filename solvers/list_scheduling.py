@@ -7,10 +7,15 @@ stage by stage. Finds an order whenever there is one, proves nothing by itself: 
 A rule sees the time now, what has arrived, and what is known to arrive because its producer is already running. An
 F or W that would keep a known backward waiting is held back, more or less, as the rule's slack says.
 
-Memory never deadlocks. An F starts only if afterwards the microbatches in flight could still be finished one after
-the other, oldest first, on every rank by itself (the banker's rule; a W can always run, so bytes that wait for
-a W do not count). The oldest microbatch's next op keeps that promise by construction, and every rule allows
-it, since no rule limits a stage to less than one microbatch in flight: so some op can always start.
+R runs right in front of its back op, as one op with it, or earlier: a rank that would otherwise idle runs the R of
+backwards to come, in their order, as far as the rule looks ahead.
+
+Memory never deadlocks. An F, or an R ahead of its back op, starts only if afterwards the microbatches in flight
+could still be finished one after the other, oldest first, on every rank by itself (the banker's rule; a W can always
+run, so bytes that wait for a W do not count). The oldest microbatch's next op, an F or a back op with its R if that
+has not run, keeps that promise by construction: it takes what the promise has set aside for it. And every rule
+allows it, since neither rule nor problem limits a stage to less than one microbatch in flight, and all before the
+oldest are finished: so some op can always start. No R ahead is ever needed for that.
 """
 
 import heapq
@@ -27,7 +32,7 @@ from solvers.pipeline import Op, Order, PipelineProblem, PipelineSolution, Statu
 from solvers.timing import NO_NODE, TimingGraph
 
 _FAR = 1 << 60
-_FORWARD, _BACK, _WEIGHT = 0, 1, 2
+_FORWARD, _BACK, _WEIGHT, _RECOMPUTE = 0, 1, 2, 3
 _NUM_CLIMBERS = 4
 _MAX_RULES = 1000  # rules tried on small problems
 _MAX_OPS = 2_500_000  # ops simulated in all on large ones, some 5 to 8 seconds
@@ -49,6 +54,7 @@ class Rule:
     forward_slack: float  # an F may overrun the arrival of a backward by this fraction of itself
     weight_slack: float  # a W that of a backward or of an F that could start
     deep_first: bool = True  # of several F, that of the rank's last chunk first; else of its first
+    look_ahead: int = 0  # R of a stage that may have run before their back op starts; only where the rank would idle
 
 
 # (in flight, warm-up, weight lag, slacks): see `rule_family`. Ordered so that every prefix covers as much as it can.
@@ -87,21 +93,23 @@ def rule_family(problem: PipelineProblem) -> list[Rule]:
 
     In flight: "window" is a share of the forwards that would fill the way up and down; "ladder" one more on each
     stage than on the next; "even" a ladder whose slope just fills the tightest rank's memory; "memory" all that fits.
+    Where a stage recomputes, every rule lets R run ahead, and then the first ones without that, or one R at most.
     """
     num_stages, m = problem.num_stages, problem.num_microbatches
     chains = Chains(problem)
     window = [
         chains.window_us(s, s) / problem.forward_us[s] for s in range(num_stages)
     ]  # counted in forwards of the stage
-    most = [m] * num_stages
+    most = list(problem.in_flight_limit)
     slope = float(m)
-    if problem.capacity_bytes is not None:
+    if problem.room_bytes is not None:
+        taken = problem.taken_by_forward_bytes
         for rank, stages in enumerate(problem.stages_of_rank):
-            capacity = problem.capacity_bytes[rank]
-            for s, held in zip(stages, accumulate(problem.activation_bytes[s] for s in stages), strict=True):
+            capacity = problem.room_bytes[rank]
+            for s, held in zip(stages, accumulate(taken[s] for s in stages), strict=True):
                 if held:
-                    most[s] = max(1, min(m, capacity // held))
-            ladder_bytes = sum((num_stages - s) * problem.activation_bytes[s] for s in stages)
+                    most[s] = max(1, min(most[s], capacity // held))
+            ladder_bytes = sum((num_stages - s) * taken[s] for s in stages)
             if ladder_bytes:
                 slope = min(slope, capacity / ladder_bytes)
     rules = []
@@ -118,6 +126,12 @@ def rule_family(problem: PipelineProblem) -> list[Rule]:
         rules.append(Rule(in_flight, warm_up[warm_name], lag[lag_name], forward_slack, weight_slack))
     if problem.num_ranks < num_stages:
         rules += [replace(rule, deep_first=False) for rule in rules[:4]]
+    if any(problem.has_recompute):
+        rules = [
+            replace(rule, look_ahead=ahead)
+            for ahead, some in ((m, rules), (0, rules[:8]), (1, rules[:4]))
+            for rule in some
+        ]
     return list(dict.fromkeys(rules))
 
 
@@ -127,32 +141,48 @@ class Simulator:
     def __init__(self, problem: PipelineProblem) -> None:
         self.problem = problem
         ranks = range(problem.num_ranks)
-        self._capacity = [_FAR for _ in ranks] if problem.capacity_bytes is None else list(problem.capacity_bytes)
-        self._whole_bytes = problem.single_microbatch_bytes()
-        self._ops_per_microbatch = sum(3 if has else 2 for has in problem.has_weight_op)
-        # bytes an op gives back at its end; a W of 0 µs is part of its back op
-        self._kept = [k if has else 0 for k, has in zip(problem.kept_bytes, problem.has_weight_op, strict=True)]
+        self._room = [_FAR for _ in ranks] if problem.room_bytes is None else list(problem.room_bytes)
+        self._whole_bytes = problem.least_room_bytes
+        self._recomputes = any(problem.has_recompute)
+        self._ops_per_microbatch = 2 * problem.num_stages + sum(problem.has_weight_op)
+        # what a back op gives back at its end; a W of 0 µs is part of it
+        self._freed = [
+            whole + extra - (kept if has else 0)
+            for whole, extra, kept, has in zip(
+                problem.activation_bytes, problem.extra_bytes, problem.kept_bytes, problem.has_weight_op, strict=True
+            )
+        ]
+        # what a back op takes when it starts, and how long it runs, with its R in front
+        self._extra_with_r = tuple(map(int.__add__, problem.extra_bytes, problem.restored_bytes))
+        self._back_with_r_us = tuple(map(int.__add__, problem.back_us, problem.rerun_us))
 
     @property
     def num_ops(self) -> int:
-        """Ops one run simulates."""
+        """Choices of one run, an R with its back op being one."""
         return self._ops_per_microbatch * self.problem.num_microbatches
 
     def run(self, rule: Rule) -> list[list[_Choice]]:
         """What every rank runs under the rule, in order. The problem must be feasible."""
         problem = self.problem
         num_stages, m = problem.num_stages, problem.num_microbatches
-        forward_us, back_us, weight_us = problem.forward_us, problem.back_us, problem.weight_us
+        forward_us, weight_us = problem.forward_us, problem.weight_us
         transfer_us, host, has_weight = problem.transfer_us, problem.rank_of_stage, problem.has_weight_op
-        take, extra, kept = problem.activation_bytes, problem.extra_bytes, self._kept
-        capacity, chunks = self._capacity, problem.stages_of_rank
+        take, whole = problem.taken_by_forward_bytes, problem.activation_bytes
+        kept, freed = problem.kept_bytes, self._freed
+        room, chunks = self._room, problem.stages_of_rank
         limit, warm_up, lag = rule.in_flight, rule.warm_up, rule.weight_lag
+        if problem.max_in_flight is not None:
+            limit = tuple(map(min, limit, problem.max_in_flight))
         forward_slack, weight_slack = rule.forward_slack, rule.weight_slack
         down_first = [tuple(reversed(stages)) for stages in chunks]
         forward_first = down_first if rule.deep_first else chunks
+        recomputes = self._recomputes
+        # bytes and time of every stage's next back op, its R included unless that ran ahead
+        extra, back_us = list(self._extra_with_r), list(self._back_with_r_us)
         last_stage = num_stages - 1
 
         started_f, started_b, started_w = [0] * num_stages, [0] * num_stages, [0] * num_stages
+        started_r = [0] * num_stages  # those in front of their back op included; unused where nothing recomputes
         arrives_f = [[_FAR] * m for _ in range(num_stages)]
         arrives_b = [[_FAR] * m for _ in range(num_stages)]
         arrives_f[0] = [0] * m
@@ -173,8 +203,8 @@ class Simulator:
                 running[rank] = None
                 kind, s, _ = ended
                 if kind == _BACK:
-                    held[rank] -= take[s] + extra[s] - kept[s]
-                    promised[rank] -= take[s]
+                    held[rank] -= freed[s]
+                    promised[rank] -= whole[s]
                 elif kind == _WEIGHT:
                     held[rank] -= kept[s]
 
@@ -185,7 +215,7 @@ class Simulator:
                     arrival = arrives_b[s][j]
                     if arrival > now:
                         next_back = min(next_back, arrival)
-                    elif held[rank] + extra[s] > capacity[rank]:
+                    elif held[rank] + extra[s] > room[rank]:
                         back_needs_room = True
                     elif back_stage < 0:
                         back_stage = s
@@ -195,15 +225,15 @@ class Simulator:
                 if j < m and j - started_b[s] < limit[s]:
                     arrival = arrives_f[s][j]
                     if arrival > now:
-                        if held[rank] + take[s] <= capacity[rank]:
+                        if held[rank] + take[s] <= room[rank]:
                             next_forward = min(next_forward, arrival)
-                    elif forward_stage < 0 and held[rank] + take[s] <= capacity[rank]:
+                    elif forward_stage < 0 and held[rank] + take[s] <= room[rank]:
                         after = promised[rank] + take[s]
                         if len(chunks[rank]) == 1:
-                            if after + extra[s] <= capacity[rank]:
+                            if after + extra[s] <= room[rank]:
                                 forward_stage = s
-                        elif after + self._whole_bytes[rank] <= capacity[rank] or self._can_finish(
-                            rank, s, started_f, started_b, after
+                        elif after + self._whole_bytes[rank] <= room[rank] or self._can_finish(
+                            rank, s, started_f, started_r, started_b, room[rank] - after
                         ):
                             forward_stage = s
             weight_stage, most_pending = -1, 0
@@ -232,7 +262,13 @@ class Simulator:
             ):
                 kind, s = _WEIGHT, weight_stage
             else:
-                continue  # what it waits for wakes it
+                s = -1
+                if recomputes:
+                    room_now, room_soon = room[rank] - held[rank], room[rank] - promised[rank]
+                    s = self._ahead(rule, rank, next_back - now, room_now, room_soon, started_f, started_r, started_b)
+                if s < 0:
+                    continue  # what it waits for wakes it
+                kind = _RECOMPUTE
             left -= 1
             if kind == _FORWARD:
                 j = started_f[s]
@@ -253,35 +289,89 @@ class Simulator:
                 if s:
                     arrives_b[s - 1][j] = end + transfer_us[s - 1]
                     push(wakes, (end + transfer_us[s - 1], host[s - 1]))
-            else:
+                if recomputes:
+                    if started_r[s] == j:
+                        started_r[s] = j + 1
+                        promised[rank] += problem.restored_bytes[s]
+                        if problem.has_recompute[s]:
+                            chosen[rank].append((_RECOMPUTE, s, j))
+                    if started_r[s] == j + 1:
+                        extra[s], back_us[s] = self._extra_with_r[s], self._back_with_r_us[s]
+            elif kind == _WEIGHT:
                 j = started_w[s]
                 started_w[s] = j + 1
                 end = now + weight_us[s]
+            else:
+                left += 1  # part of the choice of its back op
+                j = started_r[s]
+                started_r[s] = j + 1
+                end = now + problem.rerun_us[s]
+                held[rank] += problem.restored_bytes[s]
+                promised[rank] += problem.restored_bytes[s]
+                if j == started_b[s]:
+                    extra[s], back_us[s] = problem.extra_bytes[s], problem.back_us[s]
             chosen[rank].append((kind, s, j))
             running[rank] = (kind, s, j)
             busy_until[rank] = end
             push(wakes, (end, rank))
         return chosen
 
-    def _can_finish(
-        self, rank: int, stage: int, started_f: Sequence[int], started_b: Sequence[int], after: int
-    ) -> bool:
-        """Banker's rule on one rank: with one more F of `stage`, can all in flight be finished, oldest first?"""
+    def _ahead(
+        self,
+        rule: Rule,
+        rank: int,
+        until_back_us: int,
+        room_now: int,
+        room_soon: int,
+        started_f: Sequence[int],
+        started_r: Sequence[int],
+        started_b: Sequence[int],
+    ) -> int:
+        """The stage of which an idle rank runs the next R ahead of its back op; -1 if it had better wait.
+
+        `room_soon` is the room once every pending W has run.
+        """
         problem = self.problem
-        capacity, take, extra = self._capacity[rank], problem.activation_bytes, problem.extra_bytes
+        for s in reversed(problem.stages_of_rank[rank]):
+            j = started_r[s]
+            rest = problem.restored_bytes[s]
+            if not problem.has_recompute[s] or j >= started_f[s] or j - started_b[s] >= rule.look_ahead:
+                continue
+            if j > started_b[s] and problem.rerun_us[s] * (1 - rule.weight_slack) > until_back_us:
+                continue  # the back op that is known to come is another one
+            if rest <= room_now:
+                with_this = [*started_r[:s], j + 1, *started_r[s + 1 :]]
+                if self._can_finish(rank, None, started_f, with_this, started_b, room_soon - rest):
+                    return s
+        return -1
+
+    def _can_finish(
+        self,
+        rank: int,
+        stage: int | None,
+        started_f: Sequence[int],
+        started_r: Sequence[int],
+        started_b: Sequence[int],
+        left: int,
+    ) -> bool:
+        """Banker's rule: can one rank with `left` bytes finish, oldest first, what runs and one F more of `stage`?"""
+        problem = self.problem
+        take, restored = problem.taken_by_forward_bytes, problem.restored_bytes
         chunks = problem.stages_of_rank[rank]
         lowest = chunks[0]
-        for j in range(started_b[lowest], max(started_f[lowest], started_f[stage] + 1)):
+        num_started = started_f[lowest] if stage is None else max(started_f[lowest], started_f[stage] + 1)
+        for j in range(started_b[lowest], num_started):
             held = climb = peak = 0
             for s in chunks:
-                if started_b[s] <= j:  # its backward is still to come, with all chunks up to s held
-                    climb += take[s]
-                    peak = max(peak, climb + extra[s])
+                if started_b[s] <= j:  # its back op is still to come, with all chunks up to s held
+                    ahead = restored[s] if j < started_r[s] else 0
+                    climb += take[s] + ahead
+                    peak = max(peak, climb + self._extra_with_r[s] - ahead)
                     if j < started_f[s] + (s == stage):
-                        held += take[s]
-            if after - held + peak > capacity:
+                        held += take[s] + ahead
+            left += held
+            if peak > left:
                 return False
-            after -= held
         return True
 
     def order(self, chosen: Sequence[Sequence[_Choice]]) -> Order:
@@ -293,6 +383,8 @@ class Simulator:
             for kind, s, j in choices:
                 if kind == _FORWARD:
                     ops.append(Op("F", s, j))
+                elif kind == _RECOMPUTE:
+                    ops.append(Op("R", s, j))
                 elif kind == _WEIGHT:
                     ops.append(Op("W", s, j))
                 elif not problem.split[s]:
@@ -308,8 +400,8 @@ class Simulator:
         """The objective of a run, without the detour over `Op`."""
         problem = self.problem
         m, last_stage = problem.num_microbatches, problem.num_stages - 1
-        durations = (problem.forward_us, problem.back_us, problem.weight_us)
-        node_of = [[[NO_NODE] * m for _ in range(problem.num_stages)] for _ in range(3)]
+        durations = (problem.forward_us, problem.back_us, problem.weight_us, problem.rerun_us)
+        node_of = [[[NO_NODE] * m for _ in range(problem.num_stages)] for _ in range(4 if self._recomputes else 3)]
         duration_us: list[int] = []
         first = [0]
         for choices in chosen:
@@ -338,7 +430,7 @@ class Simulator:
         return max(starts_us[n - 1] + duration_us[n - 1] for n in first[1:])
 
 
-def _changed(rule: Rule, rng: random.Random, m: int) -> Rule:
+def _changed(rule: Rule, rng: random.Random, m: int, *, recomputes: bool) -> Rule:
     """A neighbour of a rule: one or two of its parts moved a little."""
 
     def moved(values: tuple[int, ...], least: int) -> tuple[int, ...]:
@@ -353,7 +445,7 @@ def _changed(rule: Rule, rng: random.Random, m: int) -> Rule:
         return tuple(new)
 
     for _ in range(rng.choice((1, 1, 2))):
-        part = rng.randrange(5)
+        part = rng.randrange(6 if recomputes else 5)
         if part == 0:
             rule = replace(rule, in_flight=moved(rule.in_flight, 1))
         elif part == 1:
@@ -363,8 +455,10 @@ def _changed(rule: Rule, rng: random.Random, m: int) -> Rule:
             rule = replace(rule, weight_lag=moved(lag, 0))
         elif part == 3:
             rule = replace(rule, forward_slack=rng.choice(_SLACKS))
-        else:
+        elif part == 4:
             rule = replace(rule, weight_slack=rng.choice(_SLACKS))
+        else:
+            rule = replace(rule, look_ahead=rng.choice((0, 1, 2, m)))
     return rule
 
 
@@ -493,7 +587,7 @@ class _Search:
         turn = 0
         while not self._should_stop(limit):
             cost, rule = climbers[turn % len(climbers)]
-            neighbour = _changed(rule, rng, problem.num_microbatches)
+            neighbour = _changed(rule, rng, problem.num_microbatches, recomputes=any(problem.has_recompute))
             turn += 1
             if turn > 50 * (len(seen) + 1000):
                 return  # a tiny problem: every rule has been seen

@@ -5,18 +5,23 @@ minimise   span      max over ranks of (end of its last op − start of its firs
 over       one sequence of ops per rank (`Order`), every op once, on the rank that hosts its stage
 such that  F(s, j) starts transfer_us[s-1] or more after F(s-1, j) ends;
            B(s, j) starts after F(s, j) ends and transfer_us[s] or more after B(s+1, j) ends; W(s, j) after B(s, j);
-           a rank runs one op at a time, and never holds more than its capacity_bytes.
+           R(s, j), where the stage recomputes, runs after F(s, j) and before B(s, j), and waits for nothing else;
+           a rank runs one op at a time, and never holds more than its capacity_bytes, fixed_bytes among them;
+           from the start of F to the end of B, no stage has more than its max_in_flight microbatches.
 
-A stage that is not split runs backward and weight as one op, BW, of backward + weight µs.
+A stage that is not split runs backward and weight as one op, BW, of backward + weight µs. The *back op* of a stage is
+its B or BW, whichever it runs.
 
 Memory: F takes activation_bytes (M_B) when it starts. B gives back M_B − M_W when it ends, W gives back M_W
 (weight_activation_bytes) when it ends, BW gives back M_B when it ends. Where M_W > M_B, B takes the difference when
-it starts and gives nothing back. A rank is sequential, so its order alone determines how much it holds.
+it starts and gives nothing back. Where the stage recomputes, F takes only checkpoint_bytes, and R takes the rest of
+M_B when it starts. A rank is sequential, so its order alone determines how much it holds.
 
 Microbatches are interchangeable. In any schedule, call the k-th F to start on a stage microbatch k, likewise the
-k-th B and the k-th W: if k ops of a stage have started then k distinct producers had ended, so the k-th producer had,
-and every precedence still holds at the same times; memory only counts ops. So without loss F, B and W each run in
-microbatch order on every stage, and all backends search only such orders. `PipelineProblem.canonical` renames.
+k-th R, the k-th B and the k-th W: if k ops of a stage have started then k distinct producers of each kind they wait
+for had ended, so the first k of that kind had, and every precedence still holds at the same times; memory and the
+limit in flight only count ops. So without loss F, R, B and W each run in microbatch order on every stage, and all
+backends search only such orders. `PipelineProblem.canonical` renames.
 
 Everything is whole µs and whole bytes. Nothing here reads a file, a clock or a solver.
 """
@@ -49,7 +54,7 @@ _MAX_BYTES = 10**18
 class Op(NamedTuple):
     """One op of one stage for one microbatch."""
 
-    kind: str  # "F", "B", "W", or "BW" on a stage that is not split
+    kind: str  # "F", "B", "W", or "BW" on a stage that is not split; "R" on one that recomputes
     stage: int
     microbatch: int
 
@@ -69,8 +74,8 @@ class PipelineScore:
     makespan_us: int  # every op as soon as possible
     bubble_rate_span: float  # (span − work) / span, work = the busiest rank's ops
     bubble_rate_makespan: float
-    peak_bytes: tuple[int, ...]  # shape (p,)
-    fits: bool  # no rank above its capacity
+    peak_bytes: tuple[int, ...]  # shape (p,), fixed_bytes among them
+    fits: bool  # no rank above its capacity, and no stage with more microbatches in flight than it may have
     starts_us: tuple[tuple[int, ...], ...]  # per rank, parallel to the order, of a timing that attains the objective
 
 
@@ -78,8 +83,9 @@ class PipelineScore:
 class PipelineProblem:
     """Times, delays and memory of one pipeline; see the module's docstring for what they mean. S stages, p ranks.
 
-    ValueError if shapes disagree, a number is negative or not whole, a forward or backward takes no time, or a rank
-    hosts nothing. Integers of numpy are not accepted: convert, so that nothing overflows silently.
+    ValueError if shapes disagree, a number is negative or not whole, a forward or backward takes no time, a rank
+    hosts nothing, or a checkpoint is larger than what is recomputed from it. Integers of numpy are not accepted:
+    convert, so that nothing overflows silently.
     """
 
     forward_us: tuple[int, ...]  # shape (S,), at least 1
@@ -93,6 +99,10 @@ class PipelineProblem:
     weight_activation_bytes: tuple[int, ...]  # shape (S,), M_W; not read where the stage is not split
     capacity_bytes: tuple[int, ...] | None = None  # shape (p,); None is no limit
     objective: Objective = "span"
+    fixed_bytes: tuple[int, ...] | None = None  # shape (p,), held all the time: weights, gradients, buffers
+    max_in_flight: tuple[int, ...] | None = None  # shape (S,), at least 1: microbatches from F start to back op end
+    recompute_us: tuple[int, ...] | None = None  # shape (S,), time of R; 0: the stage does not recompute
+    checkpoint_bytes: tuple[int, ...] | None = None  # shape (S,), what F takes where the stage recomputes
 
     def __post_init__(self) -> None:
         num_stages = len(self.forward_us)
@@ -106,8 +116,11 @@ class PipelineProblem:
             ("rank_of_stage", num_stages),
             ("activation_bytes", num_stages),
             ("weight_activation_bytes", num_stages),
+            ("max_in_flight", num_stages),
+            ("recompute_us", num_stages),
+            ("checkpoint_bytes", num_stages),
         ):
-            if len(getattr(self, name)) != want:
+            if getattr(self, name) is not None and len(getattr(self, name)) != want:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, {num_stages} stages need {want}")
         for name, least, most in (
             ("forward_us", 1, _MAX_TIME_US),
@@ -117,20 +130,31 @@ class PipelineProblem:
             ("rank_of_stage", 0, num_stages - 1),
             ("activation_bytes", 0, _MAX_BYTES),
             ("weight_activation_bytes", 0, _MAX_BYTES),
+            ("max_in_flight", 1, 10**9),
+            ("recompute_us", 0, _MAX_TIME_US),
+            ("checkpoint_bytes", 0, _MAX_BYTES),
         ):
-            for stage, value in enumerate(getattr(self, name)):
+            for stage, value in enumerate(getattr(self, name) or ()):
                 _check_whole(f"{name}[{stage}]", value, least, most)
         _check_whole("num_microbatches", self.num_microbatches, 1, 10**9)
         missing = set(range(max(self.rank_of_stage) + 1)) - set(self.rank_of_stage)
         if missing:
             raise ValueError(f"rank_of_stage {self.rank_of_stage} leaves rank {min(missing)} without a stage")
-        if self.capacity_bytes is not None:
-            if len(self.capacity_bytes) != self.num_ranks:
+        for name, per_rank in (("capacity_bytes", self.capacity_bytes), ("fixed_bytes", self.fixed_bytes)):
+            if per_rank is not None:
+                if len(per_rank) != self.num_ranks:
+                    raise ValueError(f"{name} has {len(per_rank)} entries, there are {self.num_ranks} ranks")
+                for rank, value in enumerate(per_rank):
+                    _check_whole(f"{name}[{rank}]", value, 0, _MAX_BYTES)
+        if (self.recompute_us is None) != (self.checkpoint_bytes is None):
+            given, absent = ("recompute_us", "checkpoint_bytes")[:: 1 if self.checkpoint_bytes is None else -1]
+            raise ValueError(f"{given} is given without {absent}: a stage that recomputes needs both")
+        for stage, taken in enumerate(self.taken_by_forward_bytes):
+            if taken > self.activation_bytes[stage]:
                 raise ValueError(
-                    f"capacity_bytes has {len(self.capacity_bytes)} entries, there are {self.num_ranks} ranks"
+                    f"checkpoint_bytes[{stage}] is {taken}, more than the activation_bytes of the stage, "
+                    f"{self.activation_bytes[stage]}, which recomputing brings back"
                 )
-            for rank, value in enumerate(self.capacity_bytes):
-                _check_whole(f"capacity_bytes[{rank}]", value, 0, _MAX_BYTES)
         if self.objective not in ("span", "makespan"):
             raise ValueError(f"objective is {self.objective!r}, choose 'span' or 'makespan'")
 
@@ -150,6 +174,46 @@ class PipelineProblem:
         return tuple(
             tuple(s for s, host in enumerate(self.rank_of_stage) if host == rank) for rank in range(self.num_ranks)
         )
+
+    @cached_property
+    def has_recompute(self) -> tuple[bool, ...]:
+        """Stages that run R; shape (S,)."""
+        return (False,) * self.num_stages if self.recompute_us is None else tuple(us > 0 for us in self.recompute_us)
+
+    @cached_property
+    def rerun_us(self) -> tuple[int, ...]:
+        """How long R runs, 0 where the stage does not recompute; shape (S,)."""
+        return (0,) * self.num_stages if self.recompute_us is None else self.recompute_us
+
+    @cached_property
+    def taken_by_forward_bytes(self) -> tuple[int, ...]:
+        """What F takes when it starts: the checkpoint where the stage recomputes, else M_B; shape (S,)."""
+        if self.checkpoint_bytes is None:
+            return self.activation_bytes
+        return tuple(
+            checkpoint if recomputes else whole
+            for checkpoint, whole, recomputes in zip(
+                self.checkpoint_bytes, self.activation_bytes, self.has_recompute, strict=True
+            )
+        )
+
+    @cached_property
+    def restored_bytes(self) -> tuple[int, ...]:
+        """What R takes when it starts, M_B less the checkpoint; 0 where the stage does not recompute; shape (S,)."""
+        return tuple(map(int.__sub__, self.activation_bytes, self.taken_by_forward_bytes))
+
+    @cached_property
+    def room_bytes(self) -> tuple[int, ...] | None:
+        """What the capacity leaves beside what is fixed, negative where that is too much; shape (p,)."""
+        if self.capacity_bytes is None or self.fixed_bytes is None:
+            return self.capacity_bytes
+        return tuple(map(int.__sub__, self.capacity_bytes, self.fixed_bytes))
+
+    @cached_property
+    def in_flight_limit(self) -> tuple[int, ...]:
+        """max_in_flight, but never more than there are microbatches; shape (S,)."""
+        m = self.num_microbatches
+        return (m,) * self.num_stages if self.max_in_flight is None else tuple(min(m, n) for n in self.max_in_flight)
 
     @cached_property
     def back_us(self) -> tuple[int, ...]:
@@ -184,48 +248,64 @@ class PipelineProblem:
     def work_us(self) -> tuple[int, ...]:
         """Time every rank is busy, all microbatches; shape (p,)."""
         return tuple(
-            self.num_microbatches * sum(self.forward_us[s] + self.backward_us[s] + self.weight_us[s] for s in stages)
+            self.num_microbatches
+            * sum(self.forward_us[s] + self.rerun_us[s] + self.backward_us[s] + self.weight_us[s] for s in stages)
             for stages in self.stages_of_rank
         )
 
     @property
     def num_ops(self) -> int:
         """Ops of a complete order, all ranks together."""
-        return self.num_microbatches * sum(3 if split else 2 for split in self.split)
+        return self.num_microbatches * sum(map(len, self._kinds))
+
+    @cached_property
+    def _kinds(self) -> tuple[tuple[str, ...], ...]:
+        """The kinds of op that every stage runs."""
+        return tuple(
+            ("F", *(("R",) if recomputes else ()), *(("B", "W") if split else ("BW",)))
+            for recomputes, split in zip(self.has_recompute, self.split, strict=True)
+        )
 
     def duration_us(self, kind: str, stage: int) -> int:
         """How long an op of this kind runs on this stage."""
         return {
             "F": self.forward_us[stage],
+            "R": self.rerun_us[stage],
             "B": self.backward_us[stage],
             "W": self.weight_us[stage],
             "BW": self.backward_us[stage] + self.weight_us[stage],
         }[kind]
 
-    def single_microbatch_bytes(self) -> tuple[int, ...]:
-        """The least capacity with which every rank can run at all; shape (p,).
+    @cached_property
+    def least_room_bytes(self) -> tuple[int, ...]:
+        """The least room beside what is fixed with which every rank can run at all; shape (p,).
 
-        When B(s, j) of a rank's i-th chunk starts, microbatch j still holds M_B on the rank's chunks up to i, and
-        B's extra. Every schedule holds that at some time, and running one microbatch after the other, each W right
-        behind its B, never holds more: so a problem is feasible iff no rank has less than this.
+        When B(s, j) of a rank's i-th chunk starts, microbatch j still holds M_B on that chunk, B's extra, and on the
+        chunks below it what their F took at least. Every schedule holds that at some time, and running one
+        microbatch after the other, each R right in front of its back op and each W right behind its B, never holds
+        more, nor has more than one microbatch in flight: so a problem is feasible iff no rank has less than this.
         """
         least = []
         for stages in self.stages_of_rank:
-            held = peak = 0
+            below = peak = 0
             for stage in stages:
-                held += self.activation_bytes[stage]
-                peak = max(peak, held + self.extra_bytes[stage])
+                peak = max(peak, below + self.activation_bytes[stage] + self.extra_bytes[stage])
+                below += self.taken_by_forward_bytes[stage]
             least.append(peak)
         return tuple(least)
 
+    def single_microbatch_bytes(self) -> tuple[int, ...]:
+        """The least capacity with which every rank can run at all, what is fixed included; shape (p,)."""
+        return tuple(map(int.__add__, self.least_room_bytes, self.fixed_bytes or (0,) * self.num_ranks))
+
     def is_feasible(self) -> bool:
-        """Whether any order fits the capacities; exact, see `single_microbatch_bytes`."""
+        """Whether any order fits the capacities; exact, see `least_room_bytes`."""
         return self.capacity_bytes is None or all(
             need <= there for need, there in zip(self.single_microbatch_bytes(), self.capacity_bytes, strict=True)
         )
 
     def canonical(self, order: Order) -> Order:
-        """The same schedule with F, B and W of each stage numbered in the order they run; costs nothing, see above."""
+        """The same schedule with the ops of each stage and kind numbered in the order they run; costs nothing."""
         renamed = []
         for ops in order:
             counts: dict[tuple[str, int], int] = {}
@@ -241,7 +321,8 @@ class PipelineProblem:
         """Time and memory of an order, exactly and without a solver.
 
         ValueError if an op is missing, repeated, unknown or on the wrong rank, or if the order deadlocks; the text
-        names rank, step and op. An order that holds more memory than there is gets a score with `fits` false.
+        names rank, step and op. An order that holds more memory than there is, or has more microbatches in flight than
+        a stage may have, gets a score with `fits` false.
         """
         graph = self._graph(order)
         try:
@@ -253,8 +334,11 @@ class PipelineProblem:
         makespan_us = max(asap_us[n] + graph.duration_us[n] for n in lasts)
         span_us, span_starts_us = graph.least_span(topological)
         starts_us = asap_us if self.objective == "makespan" else span_starts_us
-        peak_bytes = tuple(self._peak_bytes(ops) for ops in order)
-        capacity = self.capacity_bytes
+        fixed_bytes = self.fixed_bytes or (0,) * self.num_ranks
+        peak_bytes = tuple(fixed + self._peak_bytes(ops) for fixed, ops in zip(fixed_bytes, order, strict=True))
+        fits = self.capacity_bytes is None or all(map(int.__le__, peak_bytes, self.capacity_bytes))
+        if self.max_in_flight is not None:
+            fits = fits and all(self._keeps_in_flight_limit(ops) for ops in order)
         work_us = max(self.work_us)
         return PipelineScore(
             objective_us=makespan_us if self.objective == "makespan" else span_us,
@@ -263,26 +347,42 @@ class PipelineProblem:
             bubble_rate_span=(span_us - work_us) / span_us,
             bubble_rate_makespan=(makespan_us - work_us) / makespan_us,
             peak_bytes=peak_bytes,
-            fits=capacity is None or all(map(int.__le__, peak_bytes, capacity)),
+            fits=fits,
             starts_us=tuple(tuple(starts_us[a:b]) for a, b in pairwise(graph.first)),
         )
 
     def _peak_bytes(self, ops: Sequence[Op]) -> int:
+        """The most that a rank running these ops holds beside what is fixed."""
         held = peak = 0
-        take_f, extra, kept = self.activation_bytes, self.extra_bytes, self.kept_bytes
+        whole, extra, kept = self.activation_bytes, self.extra_bytes, self.kept_bytes
+        take_f, take_r = self.taken_by_forward_bytes, self.restored_bytes
         for kind, stage, _ in ops:
             if kind == "F":
                 held += take_f[stage]
+            elif kind == "R":
+                held += take_r[stage]
             elif kind == "B":
                 held += extra[stage]
             peak = max(peak, held)
             if kind == "B":
-                held += kept[stage] - extra[stage] - take_f[stage]
+                held += kept[stage] - extra[stage] - whole[stage]
             elif kind == "W":
                 held -= kept[stage]
             elif kind == "BW":
-                held -= take_f[stage]
+                held -= whole[stage]
         return peak
+
+    def _keeps_in_flight_limit(self, ops: Sequence[Op]) -> bool:
+        """Whether no F of a rank running these ops starts while its stage has as many in flight as it may have."""
+        left = list(self.in_flight_limit)
+        for kind, stage, _ in ops:
+            if kind == "F":
+                left[stage] -= 1
+                if left[stage] < 0:
+                    return False
+            elif kind in ("B", "BW"):
+                left[stage] += 1
+        return True
 
     def _graph(self, order: Order) -> TimingGraph:
         """The timing graph of a complete order; ValueError if it is not one."""
@@ -294,11 +394,12 @@ class PipelineProblem:
         duration_us: list[int] = []
         times = {
             "F": self.forward_us,
+            "R": self.rerun_us,
             "B": self.backward_us,
             "W": self.weight_us,
             "BW": self.back_us,
         }
-        kinds_of = [("F", "B", "W") if split else ("F", "BW") for split in self.split]
+        kinds_of = self._kinds
         for rank, ops in enumerate(order):
             for step, op in enumerate(ops):
                 kind, stage, microbatch = op
@@ -330,6 +431,7 @@ class PipelineProblem:
                                 f"rank {self.rank_of_stage[stage]} never runs {Op(kind, stage, microbatch)}"
                             )
         back = ["B" if split else "BW" for split in self.split]
+        before_back = ["R" if recomputes else "F" for recomputes in self.has_recompute]
         wait_for = [NO_NODE] * len(duration_us)
         delay_us = [0] * len(duration_us)
         node = 0
@@ -341,9 +443,11 @@ class PipelineProblem:
                         delay_us[node] = self.transfer_us[stage - 1]
                 elif kind == "W":
                     wait_for[node] = node_of["B", stage, microbatch]
+                elif kind == "R":
+                    wait_for[node] = node_of["F", stage, microbatch]
                 else:
-                    own = node_of["F", stage, microbatch]
-                    # its own F runs on the same rank: waiting for it is a matter of order only, unless it comes later
+                    own = node_of[before_back[stage], stage, microbatch]
+                    # it runs on the same rank: waiting for it is a matter of order only, unless it comes later
                     if stage == num_stages - 1 or own > node:
                         wait_for[node] = own
                     else:

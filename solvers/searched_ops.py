@@ -1,7 +1,9 @@
 """The ops that exact models decide about, and their precedences: the same for CP-SAT and CBC.
 
-A searched op is (kind, stage, microbatch) with kind "F", "B" or "W". "B" is the stage's back op: BW where the stage
-is not split, and B with its W right behind it where the W takes no time. Every searched op takes time.
+A searched op is (kind, stage, microbatch) with kind "F", "R", "B" or "W". "B" is the stage's back op: BW where the
+stage is not split, and B with its W right behind it where the W takes no time. Every searched op takes time.
+
+In microbatch order, a stage has no more than its limit in flight iff F(s, j) runs after the back op of (s, j - limit).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +19,8 @@ def searched_ops(problem: PipelineProblem) -> list[Key]:
     return [
         (kind, s, j)
         for s in range(problem.num_stages)
-        for kind in ("F", "B", "W")
-        if kind != "W" or problem.has_weight_op[s]
+        for kind in ("F", "R", "B", "W")
+        if (kind != "R" or problem.has_recompute[s]) and (kind != "W" or problem.has_weight_op[s])
         for j in range(problem.num_microbatches)
     ]
 
@@ -26,28 +28,37 @@ def searched_ops(problem: PipelineProblem) -> list[Key]:
 def duration_us(problem: PipelineProblem, key: Key) -> int:
     """How long a searched op runs."""
     kind, s, _ = key
-    return {"F": problem.forward_us, "B": problem.back_us, "W": problem.weight_us}[kind][s]
+    return {"F": problem.forward_us, "R": problem.rerun_us, "B": problem.back_us, "W": problem.weight_us}[kind][s]
 
 
 def precedences(problem: PipelineProblem) -> Iterator[tuple[Key, Key, int]]:
-    """(before, after, delay): `after` starts `delay` µs or more after `before` ends. Microbatch order included."""
+    """(before, after, delay): `after` starts `delay` µs or more after `before` ends. Microbatch order and
+    the limit in flight included."""
     last = problem.num_stages - 1
     for kind, s, j in searched_ops(problem):
         if j:
             yield (kind, s, j - 1), (kind, s, j), 0
-        if kind == "F" and s:
-            yield ("F", s - 1, j), ("F", s, j), problem.transfer_us[s - 1]
-        elif kind == "B" and s < last:
-            yield ("B", s + 1, j), ("B", s, j), problem.transfer_us[s]
+        if kind == "F":
+            if s:
+                yield ("F", s - 1, j), ("F", s, j), problem.transfer_us[s - 1]
+            if j >= problem.in_flight_limit[s]:
+                yield ("B", s, j - problem.in_flight_limit[s]), ("F", s, j), 0
+        elif kind == "R":
+            yield ("F", s, j), ("R", s, j), 0
         elif kind == "B":
-            yield ("F", s, j), ("B", s, j), 0
+            if problem.has_recompute[s]:
+                yield ("R", s, j), ("B", s, j), 0
+            elif s == last:
+                yield ("F", s, j), ("B", s, j), 0
+            if s < last:
+                yield ("B", s + 1, j), ("B", s, j), problem.transfer_us[s]
         elif kind == "W":
             yield ("B", s, j), ("W", s, j), 0
 
 
 def time_unit_us(problem: PipelineProblem) -> int:
     """Greatest common divisor of all times: models count in it."""
-    return gcd(*problem.forward_us, *problem.back_us, *problem.weight_us, *problem.transfer_us)
+    return gcd(*problem.forward_us, *problem.rerun_us, *problem.back_us, *problem.weight_us, *problem.transfer_us)
 
 
 def starts_us(problem: PipelineProblem, order: Order) -> dict[Key, int]:

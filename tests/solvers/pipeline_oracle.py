@@ -1,8 +1,8 @@
 """A brute-force oracle for tiny pipeline problems: shares the problem's fields, and no code, with scoring and search.
 
-Every complete order of every rank that respects what the rank itself can see (precedence among its own ops, memory),
-combined over the ranks, timed by relaxing start times until nothing moves. By default F, B and W of a stage run in
-microbatch order; `any_microbatch_order` drops that, which tests that nothing is lost by it.
+Every complete order of every rank that respects what the rank itself can see (precedence among its own ops, memory,
+limits in flight), combined over the ranks, timed by relaxing start times until nothing moves. By default F, R, B and
+W of a stage run in microbatch order; `any_microbatch_order` drops that, which tests that nothing is lost by it.
 """
 
 from itertools import pairwise, product
@@ -37,6 +37,8 @@ def order_cost_us(problem, order):
 
 def _duration(problem, op):
     kind, s, _ = op
+    if kind == "R":
+        return problem.recompute_us[s]
     if kind == "BW":
         return problem.backward_us[s] + problem.weight_us[s]
     return {"F": problem.forward_us, "B": problem.backward_us, "W": problem.weight_us}[kind][s]
@@ -51,9 +53,17 @@ def _needs(problem, op):
     if kind == "W":
         return [(("B", s, j), 0)]
     needs = [(("F", s, j), 0)]
+    if kind == "R":
+        return needs
+    if _recomputes(problem, s):
+        needs.append((("R", s, j), 0))
     if s < last:
         needs.append((("B" if problem.split[s + 1] else "BW", s + 1, j), problem.transfer_us[s]))
     return needs
+
+
+def _recomputes(problem, s):
+    return problem.recompute_us is not None and problem.recompute_us[s] != 0
 
 
 def _rank_orders(problem, rank, any_microbatch_order):
@@ -62,7 +72,7 @@ def _rank_orders(problem, rank, any_microbatch_order):
     ops = [
         (kind, s, j)
         for s in stages
-        for kind in (("F", "B", "W") if problem.split[s] else ("F", "BW"))
+        for kind in (["R"] if _recomputes(problem, s) else []) + (["F", "B", "W"] if problem.split[s] else ["F", "BW"])
         for j in range(m)
     ]
     before = {op: set() for op in ops}
@@ -80,11 +90,23 @@ def _rank_orders(problem, rank, any_microbatch_order):
                 waits = other_kind == "F" and t < s
             elif kind == "W":
                 waits = other_kind == "B" and t == s
-            else:  # all forwards of the rank came first, and the backwards of its later stages
-                waits = other_kind == "F" or (other_kind in ("B", "BW") and t > s)
+            elif kind == "R":
+                waits = other_kind == "F" and t <= s
+            else:  # all forwards of the rank came first, its own R, and the backwards of the rank's later stages
+                waits = other_kind == "F" or (other_kind == "R" and t == s) or (other_kind in ("B", "BW") and t > s)
             if waits:
                 before[op].add(other)
     capacity = None if problem.capacity_bytes is None else problem.capacity_bytes[rank]
+
+    if capacity is not None and problem.fixed_bytes is not None:
+        capacity -= problem.fixed_bytes[rank]
+
+    def crowded(done, s):
+        if problem.max_in_flight is None:
+            return False
+        begun = [j for kind, t, j in done if kind == "F" and t == s]
+        over = [j for kind, t, j in done if kind in ("B", "BW") and t == s]
+        return len(begun) - len(over) >= problem.max_in_flight[s]
 
     def extend(done, held):
         if len(done) == len(ops):
@@ -95,8 +117,12 @@ def _rank_orders(problem, rank, any_microbatch_order):
                 continue
             kind, s, _ = op
             size, kept = problem.activation_bytes[s], problem.weight_activation_bytes[s]
+            if kind == "F" and crowded(done, s):
+                continue
             if kind == "F":
-                now = after = held + size
+                now = after = held + (problem.checkpoint_bytes[s] if _recomputes(problem, s) else size)
+            elif kind == "R":
+                now = after = held + size - problem.checkpoint_bytes[s]
             elif kind == "BW":
                 now, after = held, held - size
             elif kind == "W":

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from pipeline_cases import ZOO, even, problems, zero_bubble_profile
+from hypothesis import strategies as st
+from pipeline_cases import ZOO, even, larger_problems, problems, zero_bubble_profile
 from pipeline_oracle import optimum_us
 
 from solvers.bounds import Bound, best_bound
@@ -61,8 +62,8 @@ def test_exact_backends_prove_the_zoo_without_our_bounds(name, solver):
     assert solution.lower_bound_kind == solver
 
 
-@given(problems())
-@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.booleans().flatmap(lambda general: problems(general=general)))
+@settings(derandomize=True, deadline=None, max_examples=150)
 def test_exact_backends_agree_with_brute_force(problem):
     optimum = optimum_us(problem)
     assert problem.is_feasible() == (optimum is not None)
@@ -75,11 +76,25 @@ def test_exact_backends_agree_with_brute_force(problem):
         assert optimum is None or solution.status is Status.OPTIMAL, solver
 
 
-@given(problems())
-@settings(derandomize=True, deadline=None, max_examples=150)
+@given(st.booleans().flatmap(lambda general: problems(general=general)))
+@settings(derandomize=True, deadline=None, max_examples=300)
 def test_list_scheduling_is_feasible_whenever_anything_is(problem):
     solution = ListScheduling(max_rules=40).solve(problem, time_limit_s=30)
     check(solution, problem, optimum_us(problem))
+
+
+@given(larger_problems(), st.randoms(use_true_random=False))
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_no_rule_ever_deadlocks_or_exceeds_memory_or_the_limit_in_flight(problem, rng):
+    simulator = Simulator(problem)
+    rules = rule_family(problem)
+    for rule in rng.sample(rules, min(8, len(rules))):
+        chosen = simulator.run(rule)
+        order = simulator.order(chosen)
+        score = problem.evaluate(order)
+        assert score.fits, rule
+        assert order == problem.canonical(order)
+        assert score.objective_us == simulator.cost_us(chosen)
 
 
 @given(problems())
@@ -291,6 +306,34 @@ def test_a_solve_keeps_to_its_seconds_field():
     before = time.monotonic()
     solution = solve_pipeline(even(2, 3, 2, 3, 1), solver="list-scheduling")
     assert 0 <= solution.seconds <= time.monotonic() - before
+
+
+def test_recomputation_runs_ahead_only_where_the_rule_looks_ahead():
+    problem = even(4, 4, recompute=2)
+    rules = rule_family(problem)
+    assert {rule.look_ahead for rule in rules} == {0, 1, 4}
+    simulator = Simulator(problem)
+    for rule in rules:
+        for ops in simulator.order(simulator.run(rule)):
+            ahead = most_ahead = 0
+            for op, following in zip(ops, [*ops[1:], None], strict=True):
+                if op.kind == "R":
+                    ahead += 1
+                    if following.kind != "B":
+                        most_ahead = max(most_ahead, ahead)
+                elif op.kind == "B":
+                    ahead -= 1
+            assert most_ahead <= rule.look_ahead
+
+
+def test_recomputation_fills_the_wait_for_the_first_backward():
+    problem = even(4, 4, transfer=2, recompute=1)
+    assert {rule.look_ahead for rule in rule_family(even(4, 4))} == {0}
+    simulator, rule = Simulator(problem), rule_family(problem)[0]
+    ahead, in_front = (simulator.run(replace(rule, look_ahead=n)) for n in (4, 0))
+    assert " ".join(map(str, simulator.order(ahead)[0][:9])) == "F0.0 F0.1 F0.2 F0.3 R0.0 R0.1 R0.2 R0.3 B0.0"
+    assert simulator.cost_us(ahead) == best_bound(problem).value_us == 31
+    assert simulator.cost_us(in_front) == 32
 
 
 def test_a_backward_that_takes_more_waits_until_there_is_room():

@@ -92,6 +92,41 @@ def test_a_fused_backward_gives_everything_back_at_its_end():
     assert problem.evaluate(order_of("F0.0 BW0.0 F0.1 BW0.1")).peak_bytes == (3,)
 
 
+def test_recomputing_takes_the_rest_of_the_activations_when_it_starts():
+    problem = even(1, 2, held=7, kept=1, recompute=2, checkpoint=3)
+    apart = problem.evaluate(order_of("F0.0 F0.1 R0.0 B0.0 W0.0 R0.1 B0.1 W0.1"))
+    assert apart.peak_bytes == (3 + 7,)
+    assert apart.starts_us == ((0, 1, 2, 4, 5, 6, 8, 9),)
+    assert problem.evaluate(order_of("F0.0 F0.1 R0.0 R0.1 B0.0 W0.0 B0.1 W0.1")).peak_bytes == (7 + 7,)
+    assert problem.evaluate(order_of("F0.0 F0.1 R0.0 B0.0 R0.1 B0.1 W0.0 W0.1")).peak_bytes == (3 + 7,)
+    fused = even(1, 2, held=7, kept=100, recompute=2, checkpoint=3, split=False)
+    assert fused.evaluate(order_of("F0.0 F0.1 R0.0 BW0.0 R0.1 BW0.1")).peak_bytes == (3 + 7,)
+    more = even(1, 1, held=2, kept=9, recompute=2, checkpoint=1)  # B takes 7 when it starts
+    assert more.evaluate(order_of("F0.0 R0.0 B0.0 W0.0")).peak_bytes == (9,)
+
+
+def test_recomputing_needs_no_gradient():
+    problem = even(2, 1, recompute=3, objective="makespan")
+    score = problem.evaluate(order_of("F0.0 R0.0 B0.0 W0.0", "F1.0 R1.0 B1.0 W1.0"))
+    assert score.starts_us == ((0, 1, 6, 7), (1, 2, 5, 6))
+
+
+def test_what_is_fixed_is_part_of_the_peak():
+    order = order_of("F0.0 F0.1 B0.0 W0.0 B0.1 W0.1")
+    assert even(1, 2, fixed=10).evaluate(order).peak_bytes == (14,)
+    assert even(1, 2, fixed=10, memory=14).evaluate(order).fits
+    assert not even(1, 2, fixed=10, memory=13).evaluate(order).fits
+
+
+def test_too_many_in_flight_do_not_fit():
+    two = order_of("F0.0 F0.1 B0.0 W0.0 B0.1 W0.1")
+    assert not even(1, 2, in_flight=1).evaluate(two).fits
+    assert even(1, 2, in_flight=2).evaluate(two).fits
+    assert even(1, 2, in_flight=1).evaluate(order_of("F0.0 B0.0 F0.1 B0.1 W0.0 W0.1")).fits  # a W pending is not
+    chunks = even(1, 1, in_flight=1, rank_of_stage=(0, 0))
+    assert chunks.evaluate(order_of("F0.0 F1.0 B1.0 W1.0 B0.0 W0.0")).fits  # each stage by itself
+
+
 def test_bubble_rates_compare_with_the_busiest_rank():
     problem = PipelineProblem((1, 3), (1, 3), (1, 3), (True, True), (0,), (0, 1), 1, (1, 1), (1, 1))
     score = problem.evaluate(order_of("F0.0 B0.0 W0.0", "F1.0 B1.0 W1.0"))
@@ -125,6 +160,28 @@ def test_an_order_that_is_none_is_refused_with_rank_and_op(lines, message):
         even(2, 1).evaluate(order_of(*lines))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("F0.0 B0.0 W0.0", "rank 0 never runs R0.0"),
+        ("F0.0 B0.0 R0.0 W0.0", "rank 0, step 1: B0.0 waits for R0.0, which is step 2 of rank 0 and never runs"),
+        ("R0.0 F0.0 B0.0 W0.0", "rank 0, step 0: R0.0 waits for F0.0, which is step 1 of rank 0 and never runs"),
+        ("F0.0 R0.0 R0.0 B0.0 W0.0", "rank 0, step 2: R0.0 runs a second time"),
+        ("F0.0 R0.0 BW0.0", "rank 0, step 2: stage 0 runs F, R, B, W, not BW"),
+    ],
+)
+def test_an_order_with_its_recomputation_out_of_place_is_refused(line, message):
+    with pytest.raises(ValueError, match=message):
+        even(1, 1, recompute=1).evaluate(order_of(line))
+
+
+def test_recomputation_on_a_stage_without_is_refused():
+    problem = replace(even(2, 1), recompute_us=(0, 1), checkpoint_bytes=(0, 0))
+    with pytest.raises(ValueError, match="rank 0, step 1: stage 0 runs F, B, W, not R"):
+        problem.evaluate(order_of("F0.0 R0.0 B0.0 W0.0", "F1.0 R1.0 B1.0 W1.0"))
+    assert problem.num_ops == 7
+
+
 def test_ranks_that_wait_for_each_other_deadlock():
     order = order_of("F0.0 B0.0 F0.1 B0.1 W0.0 W0.1", "F1.0 F1.1 B1.0 B1.1 W1.0 W1.1")
     with pytest.raises(ValueError, match=r"rank 0, step 1: B0.0 waits for B1.0, which is step 2 of rank 1 and never"):
@@ -139,7 +196,7 @@ def test_renaming_microbatches_changes_no_time_and_no_memory():
 
 
 @given(st.integers(0, 10**6), st.sampled_from([(0, 1), (0, 0)]), st.sampled_from(["span", "makespan"]))
-@settings(derandomize=True, deadline=None, max_examples=25)
+@settings(derandomize=True, deadline=None, max_examples=40)
 def test_microbatch_order_loses_nothing(seed, placement, objective):
     rng = Random(seed)
 
@@ -151,12 +208,16 @@ def test_microbatch_order_loses_nothing(seed, placement, objective):
         pair(1, 4), pair(1, 4), pair(1, 4), (True, rng.random() < 0.5), (rng.randint(0, 2),), placement, m, pair(1, 3),
         pair(0, 3), None, objective,
     )  # fmt: skip
+    if rng.random() < 0.5:
+        problem = replace(problem, recompute_us=pair(0, 2), checkpoint_bytes=(0, 1))
+    if rng.random() < 0.3:
+        problem = replace(problem, max_in_flight=pair(1, 2))
     room = tuple(need + rng.randint(0, 2) for need in problem.single_microbatch_bytes())
     problem = replace(problem, capacity_bytes=room)
     assert optimum_us(problem) == optimum_us(problem, any_microbatch_order=True)
 
 
-@given(problems(max_time=9), st.randoms(use_true_random=False))
+@given(problems(max_time=9, general=True), st.randoms(use_true_random=False))
 @settings(derandomize=True, deadline=None, max_examples=150)
 def test_scores_agree_with_a_naive_timing_of_shuffled_orders(problem, rng):
     if not problem.is_feasible():
@@ -211,6 +272,22 @@ def _check_timing(problem, order, score):
         ({"num_microbatches": 0}, "num_microbatches is 0"),
         ({"capacity_bytes": (1,)}, "capacity_bytes has 1 entries, there are 2 ranks"),
         ({"capacity_bytes": (1, -1)}, r"capacity_bytes\[1\] is -1"),
+        ({"fixed_bytes": (1,)}, "fixed_bytes has 1 entries, there are 2 ranks"),
+        ({"fixed_bytes": (1, -1)}, r"fixed_bytes\[1\] is -1"),
+        ({"max_in_flight": (1,)}, "max_in_flight has 1 entries, 2 stages need 2"),
+        ({"max_in_flight": (1, 0)}, r"max_in_flight\[1\] is 0, it must be between 1"),
+        (
+            {"recompute_us": (1, 1)},
+            "recompute_us is given without checkpoint_bytes: a stage that recomputes needs both",
+        ),
+        ({"checkpoint_bytes": (1, 1)}, "checkpoint_bytes is given without recompute_us"),
+        (
+            {"recompute_us": (1, 1), "checkpoint_bytes": (1, 3)},
+            r"checkpoint_bytes\[1\] is 3, more than the .*, 2, which",
+        ),
+        ({"recompute_us": (1, -1), "checkpoint_bytes": (1, 1)}, r"recompute_us\[1\] is -1, it must be between 0"),
+        ({"recompute_us": (1,), "checkpoint_bytes": (1, 1)}, "recompute_us has 1 entries, 2 stages need 2"),
+        ({"recompute_us": (), "checkpoint_bytes": ()}, "recompute_us has 0 entries, 2 stages need 2"),
         ({"objective": "speed"}, "objective is 'speed', choose 'span' or 'makespan'"),
     ],
 )

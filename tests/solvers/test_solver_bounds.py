@@ -1,29 +1,42 @@
 """No order, found by brute force, ever beats a bound; and each bound is decisive somewhere."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
-from pipeline_cases import ZOO, even, problems, zero_bubble_profile
+from hypothesis import strategies as st
+from pipeline_cases import ZOO, even, larger_problems, problems, zero_bubble_profile
 from pipeline_oracle import optimum_us
 
 from solvers.bounds import (
     Bound,
+    Chains,
     best_bound,
     chain_bound_us,
     head_tail_bound_us,
     memory_energy_bound_us,
     work_bound_us,
 )
+from solvers.list_scheduling import ListScheduling
 
 ALL_BOUNDS = (work_bound_us, head_tail_bound_us, memory_energy_bound_us, chain_bound_us)
 
 
-@given(problems())
-@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.booleans().flatmap(lambda general: problems(general=general)))
+@settings(derandomize=True, deadline=None, max_examples=600)
 def test_no_order_beats_any_bound(problem):
     optimum = optimum_us(problem)
     if optimum is not None:
         found = {bound.__name__: bound(problem) for bound in ALL_BOUNDS}
         assert all(value <= optimum for value in found.values()), f"optimum {optimum}, bounds {found}"
+
+
+@given(larger_problems())
+@settings(derandomize=True, deadline=None, max_examples=150)
+def test_no_order_found_beats_any_bound(problem):
+    cost = ListScheduling(max_rules=25).solve(problem, time_limit_s=60, bound=Bound(1, "none")).objective_us
+    found = {bound.__name__: bound(problem) for bound in ALL_BOUNDS}
+    assert all(value <= cost for value in found.values()), f"an order costs {cost}, bounds {found}"
 
 
 @pytest.mark.parametrize("name", [name for name, (_, optimum) in ZOO.items() if optimum is not None])
@@ -89,3 +102,40 @@ def test_huge_problems_are_still_bounded_quickly():
     problem = even(64, 2048, 3, 3, 2, 1, memory=300)
     assert chain_bound_us(problem) == 0  # too large for this one
     assert best_bound(problem).value_us >= 2048 * 8
+
+
+def test_the_way_of_a_microbatch_passes_the_longest_recomputation_above():
+    problem = replace(even(3, 1, 2, 3, 1, 5), recompute_us=(9, 40, 1), checkpoint_bytes=(0, 0, 0))
+    chains = Chains(problem)
+    assert chains.window_us(2, 2) == 2 + 1
+    assert chains.window_us(1, 1) == 2 + 40  # more than 2 + 5 + 2 + 1 + 3 + 5
+    assert chains.window_us(0, 0) == 2 + 5 + 42 + 3 + 5
+    assert chains.window_us(2, 0) == 2 + 1 + 3 + 5 + 3 + 5  # R of stage 1 may have run before F of stage 2
+
+
+def test_a_limit_in_flight_is_bounded_as_memory_for_as_many():
+    for objective in ("span", "makespan"):
+        limited = even(4, 12, 5, 6, 4, 1, in_flight=2, kept=0, objective=objective)
+        room = even(4, 12, 5, 6, 4, 1, memory=4, kept=0, objective=objective)
+        assert best_bound(limited).value_us == best_bound(room).value_us > 1.5 * max(limited.work_us)
+
+
+def test_what_is_fixed_is_taken_off_the_capacity_in_every_bound():
+    fixed, less = even(4, 12, 5, 6, 4, 1, memory=106, fixed=100), even(4, 12, 5, 6, 4, 1, memory=6)
+    assert [bound(fixed) for bound in ALL_BOUNDS] == [bound(less) for bound in ALL_BOUNDS]
+
+
+def test_checkpoints_count_where_all_activations_would():
+    # room for three checkpoints and one microbatch, or for two microbatches: the limit is one of time held
+    whole = even(4, 12, 5, 6, 4, memory=6, held=3, kept=0)
+    checkpoints = even(4, 12, 5, 6, 4, memory=6, held=3, kept=0, recompute=1, checkpoint=1)
+    assert memory_energy_bound_us(checkpoints) - 12 < memory_energy_bound_us(whole)
+    assert best_bound(checkpoints).value_us < best_bound(whole).value_us
+
+
+def test_recomputation_in_the_window_before_the_first_backward_is_work_like_any_other():
+    # rank 0 waits 4 · 2 + 1 + 3 · 3 µs for its first backward, and has F and R of 5 microbatches to run until then
+    problem = even(4, 5, 2, 3, 3, recompute=1, checkpoint=0)
+    assert head_tail_bound_us(problem) == 5 * 9 + 18 - 5 * 3
+    # room for the checkpoints of all, and for all of one microbatch: no other R may have run
+    assert head_tail_bound_us(replace(problem, capacity_bytes=(2,) * 4)) >= 5 * 9 + 18 - 5 * 2 - 1
