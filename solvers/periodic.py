@@ -1,0 +1,357 @@
+"""A periodic steady state, unrolled to any number of microbatches, with warm-up and cool-down tightened.
+
+`solvers.modulo` finds patterns, whose search does not depend on the number of microbatches. A pattern gives every op of
+every microbatch a time, and so every rank an order, which holds no more at any time than the steady state does and so
+fits. What is left are the two ends, where ranks idle: the first microbatches find a pipeline to themselves, and
+W of the last have nothing behind them.
+
+Tightening is a list schedule that follows an order and only fills its gaps. A rank whose next op is not ready yet
+looks ahead in its order for one that is, that ends (nearly) before the next op can start, and that leaves room: moving
+an op to the front adds what it takes net to every peak up to its old place, so peaks are checked up to there. The order
+that remains can always still be run, so nothing deadlocks. Run on the order backwards, from the last op to the
+first, the same procedure moves ops later, into the gaps of the cool-down; alternating both directions is
+forward-backward improvement (Li and Willis, 1992; Tormos and Lova, 2001) for pipelines.
+"""
+
+import heapq
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from solvers.backend import Event, OnProgress, infeasible
+from solvers.bounds import Bound, best_bound
+from solvers.list_scheduling import quick_order
+from solvers.modulo import Budget, OutOfBudgetError, Pattern, SteadyState, find_pattern, least_period, taken_and_given
+from solvers.pipeline import Order, PipelineProblem, PipelineSolution, Status
+from solvers.searched_ops import Key, duration_us, order_by, precedences, searched_ops
+from solvers.timing import NO_NODE, TimingGraph
+
+_FAR = 1 << 60
+_LOOK_AHEAD = 64  # ops of its order that a rank with a gap considers
+_SLACKS = (0.0, 0.5)  # by how much of itself an op that fills a gap may overrun it
+_MAX_ROUNDS = 8  # forward-backward rounds per slack
+
+Sequences = list[list[int]]  # nodes per rank, in the order it runs them
+
+
+class Unrolled:
+    """The ops of a problem as numbers, ready to be simulated in either direction."""
+
+    def __init__(self, problem: PipelineProblem) -> None:
+        self.problem = problem
+        self.keys: list[Key] = searched_ops(problem)
+        self._node_of = {key: node for node, key in enumerate(self.keys)}
+        self.rank = [problem.rank_of_stage[s] for _, s, _ in self.keys]
+        self.length = [duration_us(problem, key) for key in self.keys]
+        classes: dict[tuple[str, int], int] = {}
+        self.class_of = [classes.setdefault(key[:2], len(classes)) for key in self.keys]
+        bytes_of = {(kind, s): taken_and_given(problem, kind, s) for kind, s in classes}
+        self.take = [bytes_of[key[:2]][0] for key in self.keys]
+        self.give = [bytes_of[key[:2]][1] for key in self.keys]
+        room = problem.room_bytes
+        self.room = [_FAR] * problem.num_ranks if room is None else list(room)
+        self.before: list[list[tuple[int, int]]] = [[] for _ in self.keys]
+        self.after: list[list[tuple[int, int]]] = [[] for _ in self.keys]
+        for before, after, delay_us in precedences(problem):
+            if before[:2] != after[:2]:  # runs in microbatch order are kept by always taking a kind's first op
+                one, other = self._node_of[before], self._node_of[after]
+                self.before[other].append((one, delay_us))
+                self.after[one].append((other, delay_us))
+
+    def sequences(self, pattern: Pattern) -> Sequences:
+        """The order of every rank in the pattern."""
+        when = [pattern.start(key) for key in self.keys]
+        ranks: Sequences = [[] for _ in range(self.problem.num_ranks)]
+        for node in sorted(range(len(when)), key=when.__getitem__):
+            ranks[self.rank[node]].append(node)
+        return ranks
+
+    def order(self, sequences: Sequences) -> Order:
+        """The problem's own form."""
+        place = [0] * len(self.keys)
+        for nodes in sequences:
+            for index, node in enumerate(nodes):
+                place[node] = index
+        return order_by(self.problem, lambda key: place[self._node_of[key]])
+
+    def cost_us(self, sequences: Sequences) -> int:
+        """The objective of an order."""
+        first = [0, *accumulate(map(len, sequences))]
+        place = [0] * len(self.keys)
+        for begin, nodes in zip(first, sequences, strict=False):
+            for index, node in enumerate(nodes, begin):
+                place[node] = index
+        wait_for: list[int] = []
+        delay_us: list[int] = []
+        length: list[int] = []
+        keys, last = self.keys, self.problem.num_stages - 1
+        for nodes in sequences:
+            for node in nodes:
+                kind, s, _ = keys[node]
+                needs, delay = NO_NODE, 0
+                if (kind == "F" and s > 0) or (kind == "B" and s < last):
+                    for one, after_us in self.before[node]:
+                        if keys[one][0] == kind:
+                            needs, delay = place[one], after_us
+                wait_for.append(needs)
+                delay_us.append(delay)
+                length.append(self.length[node])
+        graph = TimingGraph(first, length, wait_for, delay_us)
+        topological = graph.topological_order()
+        if self.problem.objective == "span":
+            return graph.least_span(topological)[0]
+        starts = graph.earliest_starts_us(topological, [0] * graph.num_ranks)
+        return max(starts[n - 1] + length[n - 1] for n in first[1:])
+
+    def filled(self, sequences: Sequences, slack: float) -> Sequences:
+        """The order with its gaps filled by ops from behind, see the module's docstring."""
+        return self._fill(sequences, slack, self.before, self.after, self.take, self.give)
+
+    def filled_backwards(self, sequences: Sequences, slack: float) -> Sequences:
+        """The order with its gaps, seen from the end, filled by ops from in front."""
+        backwards = [nodes[::-1] for nodes in sequences]
+        filled = self._fill(backwards, slack, self.after, self.before, self.give, self.take)
+        return [nodes[::-1] for nodes in filled]
+
+    def _fill(
+        self,
+        sequences: Sequences,
+        slack: float,
+        before: Sequence[Sequence[tuple[int, int]]],
+        after: Sequence[Sequence[tuple[int, int]]],
+        take: Sequence[int],
+        give: Sequence[int],
+    ) -> Sequences:
+        length, rank_of, class_of, room = self.length, self.rank, self.class_of, self.room
+        missing = [len(arcs) for arcs in before]
+        arrival = [0] * len(length)
+        done = bytearray(len(length))
+        num_ranks = len(sequences)
+        head, busy_until, held = [0] * num_ranks, [0] * num_ranks, [0] * num_ranks
+        result: Sequences = [[] for _ in range(num_ranks)]
+        wakes = [(0, rank) for rank in range(num_ranks)]
+        push, pop = heapq.heappush, heapq.heappop
+        left = len(length)
+        while left:
+            now, rank = pop(wakes)  # never empty: the order that remains can be run
+            if busy_until[rank] > now:
+                continue
+            nodes, position = sequences[rank], head[rank]
+            while position < len(nodes) and done[nodes[position]]:
+                position += 1
+            head[rank] = position
+            if position == len(nodes):
+                continue
+            chosen = nodes[position]
+            if missing[chosen] or arrival[chosen] > now:
+                until = _FAR if missing[chosen] else arrival[chosen]
+                chosen = -1
+                seen = set()
+                level = peak = held[rank]
+                for node in nodes[position : position + _LOOK_AHEAD]:
+                    if done[node]:
+                        continue
+                    if class_of[node] not in seen:
+                        seen.add(class_of[node])
+                        if not missing[node] and arrival[node] <= now and now + length[node] * (1 - slack) <= until:
+                            net = take[node] - give[node]
+                            if held[rank] + take[node] <= room[rank] and (net <= 0 or peak + net <= room[rank]):
+                                chosen = node
+                                break
+                    peak = max(peak, level + take[node])
+                    level += take[node] - give[node]
+                if chosen < 0:
+                    continue  # what the next op waits for wakes the rank
+            done[chosen] = 1
+            left -= 1
+            result[rank].append(chosen)
+            held[rank] += take[chosen] - give[chosen]
+            end = busy_until[rank] = now + length[chosen]
+            push(wakes, (end, rank))
+            for node, delay_us in after[chosen]:
+                arrival[node] = max(arrival[node], end + delay_us)
+                missing[node] -= 1
+                if not missing[node]:
+                    push(wakes, (arrival[node], rank_of[node]))
+        return result
+
+
+@dataclass
+class _Best:
+    """The incumbent."""
+
+    cost_us: int
+    order: Order
+
+
+class PeriodicSchedule:
+    """The backend. `work_limit`, in CP-SAT's deterministic units, and `max_ops` make a seed give the same answer.
+
+    `ks` are the microbatches per period that are tried; `max_ops` limits the ops simulated while tightening.
+    """
+
+    name = "periodic"
+    is_exact = False
+
+    def __init__(
+        self, work_limit: float | None = 10.0, max_ops: int | None = 3_000_000, ks: Sequence[int] = (1, 2)
+    ) -> None:
+        self.work_limit = work_limit
+        self.max_ops = max_ops
+        self.ks = tuple(ks)
+
+    def why_not(self, problem: PipelineProblem) -> str | None:
+        """None: it takes every problem."""
+        del problem
+        return None
+
+    def solve(
+        self,
+        problem: PipelineProblem,
+        *,
+        time_limit_s: float,
+        seed: int = 0,
+        hint: Order | None = None,
+        on_progress: OnProgress | None = None,
+        workers: int = 2,
+        bound: Bound | None = None,
+    ) -> PipelineSolution:
+        """The best of several patterns, unrolled and tightened, or the hint if that is better.
+
+        `workers` is ignored. Ctrl-C returns the best so far. Without any pattern in the limits, a list schedule.
+        """
+        del workers
+        began = time.monotonic()
+        if not problem.is_feasible():
+            return infeasible(self.name, seed, time.monotonic() - began)
+        if bound is None:
+            bound = best_bound(problem)
+        search = _Search(problem, bound, self, began, time_limit_s, on_progress, hint)
+        interrupted = False
+        try:
+            search.run(seed)
+        except KeyboardInterrupt:
+            interrupted = True
+        score = problem.evaluate(search.best_order)
+        proven = score.objective_us <= bound.value_us
+        return PipelineSolution(
+            status=Status.OPTIMAL if proven else Status.FEASIBLE,
+            order=search.best_order,
+            score=score,
+            lower_bound_us=bound.value_us,
+            lower_bound_kind=bound.kind,
+            solver=self.name,
+            seconds=time.monotonic() - began,
+            seed=seed,
+            interrupted=interrupted,
+            limited_by_time=search.budget.out_of_time and not proven and not interrupted,
+            note=search.note,
+        )
+
+
+class _Search:
+    """The state of one solve."""
+
+    def __init__(
+        self,
+        problem: PipelineProblem,
+        bound: Bound,
+        limits: PeriodicSchedule,
+        began: float,
+        time_limit_s: float,
+        on_progress: OnProgress | None,
+        hint: Order | None,
+    ) -> None:
+        self.problem, self.bound = problem, bound
+        self.began, self.on_progress = began, on_progress
+        self.ks = limits.ks
+        self.budget = Budget(time_limit_s, float("inf") if limits.work_limit is None else limits.work_limit)
+        self.ops_left = _FAR if limits.max_ops is None else limits.max_ops
+        self.best_order = quick_order(problem, hint)
+        self.best_us = problem.evaluate(self.best_order).objective_us
+        self.best_pattern: Pattern | None = None
+        self.num_patterns = 0
+        self.net = Unrolled(problem)
+
+    @property
+    def note(self) -> str:
+        if self.best_pattern is None:
+            return f"{self.num_patterns} patterns, none better than a list schedule"
+        p = self.best_pattern
+        return f"period {float(p.period_us):.10g} µs per microbatch, {p.num_microbatches} per period"
+
+    def run(self, seed: int) -> None:
+        """Patterns for all k, each unrolled and tightened, until the bound is met or nothing is left."""
+        try:
+            for k in self.ks:
+                if k > self.problem.num_microbatches:
+                    break
+                for pattern in patterns(SteadyState(self.problem, k), self.budget, seed):
+                    self.num_patterns += 1
+                    self._unroll(pattern)
+        except OutOfBudgetError:
+            pass
+
+    def _unroll(self, pattern: Pattern) -> None:
+        start = self.net.sequences(pattern)
+        self._attempt(start, pattern)
+        for slack in _SLACKS:
+            sequences, last_us = start, _FAR
+            for _ in range(_MAX_ROUNDS):
+                sequences = self.net.filled_backwards(sequences, slack)
+                self._attempt(sequences, pattern)
+                sequences = self.net.filled(sequences, slack)
+                cost_us = self._attempt(sequences, pattern)
+                if cost_us >= last_us:
+                    break
+                last_us = cost_us
+
+    def _attempt(self, sequences: Sequences, pattern: Pattern) -> int:
+        """Cost of an order; kept if it is the best so far. OutOfBudgetError after the last that may be tried."""
+        cost_us = self.net.cost_us(sequences)
+        if cost_us < self.best_us:
+            self.best_us, self.best_order, self.best_pattern = cost_us, self.net.order(sequences), pattern
+            if self.on_progress is not None:
+                seconds = time.monotonic() - self.began
+                self.on_progress(Event(PeriodicSchedule.name, seconds, cost_us, self.bound.value_us))
+        self.ops_left -= len(self.net.keys)
+        if self.best_us <= self.bound.value_us or self.ops_left <= 0:
+            raise OutOfBudgetError
+        self.budget.check()
+        return cost_us
+
+
+_TRY_WORK = 1.0
+_NUM_SEEDS = 4
+
+
+def patterns(state: SteadyState, budget: Budget, seed: int) -> Iterator[Pattern]:
+    """Patterns, ever shorter periods first, then others of the shortest period and of slightly longer ones."""
+    low = least_period(state)
+    best = find_pattern(state, low, budget, work_limit=_TRY_WORK, seed=seed)[0]
+    if best is None:
+        high, step = low, max(1, low // 50)
+        while best is None:
+            low, high = high, high + step
+            step *= 2
+            best = find_pattern(state, high, budget, work_limit=_TRY_WORK, seed=seed)[0]
+        yield best
+        while best.period - low > max(1, low // 500):
+            middle = (low + best.period) // 2
+            found = find_pattern(state, middle, budget, work_limit=_TRY_WORK, seed=seed, hint=best)[0]
+            if found is None:
+                low = middle
+            else:
+                best = found
+                yield best
+    else:
+        yield best
+    for index in range(1, 1 + _NUM_SEEDS):
+        for stretch in (0, 10, 30):
+            period = best.period + best.period * stretch // 1000
+            if stretch and period == best.period:
+                continue
+            found = find_pattern(state, period, budget, work_limit=_TRY_WORK, seed=seed + index)[0]
+            if found is not None:
+                yield found
