@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.api import json_schema, plan, profile, validate
+    from planner.comparison import compare
+    from planner.pipeline_costs import PipelineCosts
     from planner.plans import Plan
-    from planner.scheduling import PipelineCosts, schedule_costs
+    from planner.scheduling import schedule_costs
 
-__all__ = ["PipelineCosts", "Plan", "json_schema", "plan", "profile", "schedule_costs", "validate"]
+__all__ = ["PipelineCosts", "Plan", "compare", "json_schema", "plan", "profile", "schedule_costs", "validate"]
 
 _HOME = {
-    "PipelineCosts": "planner.scheduling",
+    "PipelineCosts": "planner.pipeline_costs",
     "Plan": "planner.plans",
+    "compare": "planner.comparison",
     "json_schema": "planner.api",
     "plan": "planner.api",
     "profile": "planner.api",

@@ -11,19 +11,21 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from planner.placements import PLACEMENTS
 from planner.schedule.families import FAMILIES
 from profiles.errors import PipewrightError
-from profiles.facts import check_writable
+from profiles.facts import Facts, check_writable
 
 if TYPE_CHECKING:
     from planner.executor.job import StepProgress
     from planner.executor.run_report import RunReport
+    from planner.pipeline_costs import PipelineCosts
     from planner.search import SearchProgress
 
 app = typer.Typer(
@@ -35,6 +37,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 talk = Console(stderr=True, highlight=False)
+T = TypeVar("T")
+FactsT = TypeVar("FactsT", bound=Facts)
 
 
 class DtypeName(StrEnum):
@@ -69,9 +73,53 @@ class ObjectiveName(StrEnum):
 
 
 FAMILY_NAMES = ", ".join(FAMILIES)
+PLACEMENT_NAMES = ", ".join(PLACEMENTS)
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable answer on stdout.")]
 TimeLimit = Annotated[float, typer.Option(min=0.01, help="Seconds of search.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+
+# What `schedule` and `compare` are given. "Likewise": one number, or a comma list with one entry per stage.
+Ranks = Annotated[int, typer.Option("-p", "--ranks", min=1, help="Pipeline ranks.")]
+Microbatches = Annotated[int, typer.Option("-m", "--microbatches", min=1, help="Microbatches per step.")]
+ForwardUs = Annotated[str, typer.Option(help="F: one number, or a comma list with one entry per stage.")]
+BackwardUs = Annotated[str, typer.Option(help="B, the input gradient: likewise.")]
+WeightUs = Annotated[str, typer.Option(help="W, the weight gradient: likewise.")]
+P2pUs = Annotated[str, typer.Option(help="Transfer to the next stage: one number, or one entry less than stages.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Most that a rank may hold, in units of the largest --activation-bytes: one number, or one per rank "
+        "[default: no limit]."
+    ),
+]
+CapacityBytes = Annotated[str | None, typer.Option(help="The same limit in bytes: likewise.")]
+FixedBytes = Annotated[
+    str | None, typer.Option(help="Of --capacity-bytes, held all the time, as weights are: likewise.")
+]
+ActivationBytes = Annotated[
+    str | None, typer.Option(help="M_B, taken by F, held to the backward: per stage, likewise [default: 2 units].")
+]
+WeightActivationBytes = Annotated[
+    str | None, typer.Option(help="M_W, of that, held from B to W: per stage, likewise [default: 1 unit].")
+]
+FusedStages = Annotated[
+    str | None, typer.Option(help="Stages whose backward stays in one piece: a comma list, or all [default: none].")
+]
+MaxInFlight = Annotated[
+    str | None, typer.Option(help="Most microbatches between the start of F and the end of B: per stage, likewise.")
+]
+RecomputeUs = Annotated[
+    str | None, typer.Option(help="R, the forward again before the backward; 0 where there is none: likewise.")
+]
+CheckpointBytes = Annotated[
+    str | None, typer.Option(help="What F takes, instead of M_B, where the stage recomputes: likewise.")
+]
+Objective = Annotated[ObjectiveName, typer.Option(help="What auto minimises, and what the gap is of.")]
+SolverName = Annotated[str, typer.Option(help="Who makes auto's order: auto, or one backend's name.")]
+WorkLimit = Annotated[
+    float | None, typer.Option(min=0, help="Amount of search, the same on every machine [default: --time-limit only].")
+]
+SaveAnswer = Annotated[Path | None, typer.Option("-o", "--output", help="Save the machine-readable answer here.")]
 
 
 def main() -> None:
@@ -210,38 +258,57 @@ def profile(
 
 @app.command()
 def schedule(
-    ranks: Annotated[int, typer.Option("-p", "--ranks", min=1, help="Pipeline ranks.")],
-    microbatches: Annotated[int, typer.Option("-m", "--microbatches", min=1, help="Microbatches per step.")],
-    forward_us: Annotated[str, typer.Option(help="F: one number, or a comma list with one entry per stage.")],
-    backward_us: Annotated[str, typer.Option(help="B, the input gradient: likewise.")],
-    weight_us: Annotated[str, typer.Option(help="W, the weight gradient: likewise.")],
-    p2p_us: Annotated[float, typer.Option(min=0, help="Transfer between neighbouring stages.")] = 0.0,
-    virtual_stages: Annotated[int, typer.Option("-v", "--virtual-stages", min=1, help="Chunks per rank.")] = 1,
-    memory_limit: Annotated[
-        float | None, typer.Option(help="Per rank, in units of --activation-bytes [default: none].")
+    ranks: Ranks,
+    microbatches: Microbatches,
+    forward_us: ForwardUs,
+    backward_us: BackwardUs,
+    weight_us: WeightUs,
+    p2p_us: P2pUs = "0",
+    virtual_stages: Annotated[
+        int | None, typer.Option("-v", "--virtual-stages", min=1, help="Stages per rank [default: 1].")
     ] = None,
-    activation_bytes: Annotated[int, typer.Option(min=1, help="M_B: taken by F, held to B.")] = 2,
-    weight_activation_bytes: Annotated[int, typer.Option(min=0, help="M_W: of that, held from B to W.")] = 1,
+    placement: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{PLACEMENT_NAMES}, or the rank of every stage, like 0,1,1,0; auto chooses among {PLACEMENT_NAMES} "
+            "and up to 4 stages per rank [default: linear; interleaved for more stages than ranks]."
+        ),
+    ] = None,
+    memory_limit: MemoryLimit = None,
+    capacity_bytes: CapacityBytes = None,
+    fixed_bytes: FixedBytes = None,
+    activation_bytes: ActivationBytes = None,
+    weight_activation_bytes: WeightActivationBytes = None,
+    fused_stages: FusedStages = None,
+    max_in_flight: MaxInFlight = None,
+    recompute_us: RecomputeUs = None,
+    checkpoint_bytes: CheckpointBytes = None,
     family: Annotated[str, typer.Option(help=f"auto, or one of {FAMILY_NAMES}.")] = "auto",
-    objective: Annotated[ObjectiveName, typer.Option(help="What auto minimises, and what the gap is of.")] = (
-        ObjectiveName.span
-    ),
-    solver: Annotated[str, typer.Option(help="Who makes auto's order: auto, or one backend's name.")] = "auto",
+    objective: Objective = ObjectiveName.span,
+    solver: SolverName = "auto",
     time_limit: TimeLimit = 30.0,
+    work_limit: WorkLimit = None,
     seed: Seed = 0,
+    output: SaveAnswer = None,
     as_json: Json = False,
 ) -> None:
-    """Schedule a pipeline from its costs alone."""
+    """Schedule a pipeline from its costs alone. Costs are per stage; with --placement auto, per rank."""
     from planner.report.schedule import render_schedule
-    from planner.scheduling import PipelineCosts, schedule_costs
+    from planner.scheduling import schedule_costs
 
-    costs = PipelineCosts(
-        forward_us=_numbers(forward_us, "--forward-us"),
-        backward_us=_numbers(backward_us, "--backward-us"),
-        weight_us=_numbers(weight_us, "--weight-us"),
-        p2p_us=p2p_us,
-        activation_bytes=activation_bytes,
-        weight_activation_bytes=weight_activation_bytes,
+    if output is not None:
+        check_writable(output)
+    costs = _costs(
+        forward_us,
+        backward_us,
+        weight_us,
+        p2p_us,
+        activation_bytes,
+        weight_activation_bytes,
+        fused_stages,
+        max_in_flight,
+        recompute_us,
+        checkpoint_bytes,
     )
     with _spinner("scheduling") as say:
         answer = schedule_costs(
@@ -249,15 +316,80 @@ def schedule(
             num_ranks=ranks,
             num_microbatches=microbatches,
             virtual_stages=virtual_stages,
-            memory_limit=memory_limit,
+            placement=placement,
+            memory_limit=_maybe(_numbers, memory_limit, "--memory-limit"),
+            capacity_bytes=_maybe(_wholes, capacity_bytes, "--capacity-bytes"),
+            fixed_bytes=_maybe(_wholes, fixed_bytes, "--fixed-bytes"),
             family=family,
             objective=objective.value,
             solver=solver,
             time_limit_s=time_limit,
+            work_limit=work_limit,
             seed=seed,
             on_progress=lambda p: say(f"{p.solver}: best {p.objective_us} µs, bound {p.lower_bound_us} µs"),
         )
-    print(answer.model_dump_json(indent=1) if as_json else render_schedule(answer))
+    _hand_over(answer, output, as_json, render_schedule)
+
+
+@app.command()
+def compare(
+    ranks: Ranks,
+    microbatches: Microbatches,
+    forward_us: ForwardUs,
+    backward_us: BackwardUs,
+    weight_us: WeightUs,
+    p2p_us: P2pUs = "0",
+    memory_limit: MemoryLimit = None,
+    capacity_bytes: CapacityBytes = None,
+    fixed_bytes: FixedBytes = None,
+    activation_bytes: ActivationBytes = None,
+    weight_activation_bytes: WeightActivationBytes = None,
+    fused_stages: FusedStages = None,
+    max_in_flight: MaxInFlight = None,
+    recompute_us: RecomputeUs = None,
+    checkpoint_bytes: CheckpointBytes = None,
+    objective: Objective = ObjectiveName.span,
+    solver: SolverName = "auto",
+    time_limit: TimeLimit = 30.0,
+    work_limit: WorkLimit = None,
+    seed: Seed = 0,
+    output: SaveAnswer = None,
+    as_json: Json = False,
+) -> None:
+    """Set every schedule family and auto side by side on the same costs, given per rank."""
+    from planner.comparison import compare as compare_families
+    from planner.report.schedule import render_comparison
+
+    if output is not None:
+        check_writable(output)
+    costs = _costs(
+        forward_us,
+        backward_us,
+        weight_us,
+        p2p_us,
+        activation_bytes,
+        weight_activation_bytes,
+        fused_stages,
+        max_in_flight,
+        recompute_us,
+        checkpoint_bytes,
+    )
+    with _spinner("comparing") as say:
+        comparison = compare_families(
+            costs,
+            num_ranks=ranks,
+            num_microbatches=microbatches,
+            memory_limit=_maybe(_numbers, memory_limit, "--memory-limit"),
+            capacity_bytes=_maybe(_wholes, capacity_bytes, "--capacity-bytes"),
+            fixed_bytes=_maybe(_wholes, fixed_bytes, "--fixed-bytes"),
+            objective=objective.value,
+            solver=solver,
+            time_limit_s=time_limit,
+            work_limit=work_limit,
+            seed=seed,
+            on_progress=lambda p: say(f"{p.solver}: best {p.objective_us} µs, bound {p.lower_bound_us} µs"),
+        )
+    _hand_over(comparison, output, as_json, render_comparison)
 
 
 @app.command()
@@ -359,6 +491,53 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         _fail(f"{option} {text!r}: give one number, or a comma list of numbers", 2)
+
+
+def _wholes(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        _fail(f"{option} {text!r}: give one whole number, or a comma list of whole numbers", 2)
+
+
+def _maybe(read: Callable[[str, str], T], text: str | None, option: str) -> T | None:
+    return None if text is None else read(text, option)
+
+
+def _costs(
+    forward_us: str,
+    backward_us: str,
+    weight_us: str,
+    p2p_us: str,
+    activation_bytes: str | None,
+    weight_activation_bytes: str | None,
+    fused_stages: str | None,
+    max_in_flight: str | None,
+    recompute_us: str | None,
+    checkpoint_bytes: str | None,
+) -> "PipelineCosts":
+    from planner.pipeline_costs import PipelineCosts
+
+    return PipelineCosts(
+        forward_us=_numbers(forward_us, "--forward-us"),
+        backward_us=_numbers(backward_us, "--backward-us"),
+        weight_us=_numbers(weight_us, "--weight-us"),
+        p2p_us=_numbers(p2p_us, "--p2p-us"),
+        activation_bytes=_maybe(_wholes, activation_bytes, "--activation-bytes"),
+        weight_activation_bytes=_maybe(_wholes, weight_activation_bytes, "--weight-activation-bytes"),
+        fused_stages="all" if fused_stages == "all" else _maybe(_wholes, fused_stages, "--fused-stages") or (),
+        max_in_flight=_maybe(_wholes, max_in_flight, "--max-in-flight"),
+        recompute_us=_maybe(_numbers, recompute_us, "--recompute-us"),
+        checkpoint_bytes=_maybe(_wholes, checkpoint_bytes, "--checkpoint-bytes"),
+    )
+
+
+def _hand_over(answer: FactsT, output: Path | None, as_json: bool, render: Callable[[FactsT], str]) -> None:
+    """Save the answer where that is asked for, and print it."""
+    if output is not None:
+        answer.save(output)
+        talk.print(f"saved {output}")
+    print(answer.model_dump_json(indent=1) if as_json else render(answer))
 
 
 def _positive_integers(text: str, option: str) -> tuple[int, ...]:

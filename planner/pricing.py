@@ -13,11 +13,11 @@ from planner.cost import Network, StepFloor, data_parallel_us, optimizer_us, sma
 from planner.layout import Candidate
 from planner.memory import buffer_bytes, capacity_bytes, model_state_bytes, num_neighbours, rank_memory
 from planner.plans import RankMemory, StageCosts
+from planner.problems import pipeline_problem
 from planner.schedule.actions import Schedule
 from planner.schedule.families import Family
 from planner.schedule.residency import peak_in_flight, peak_per_rank
 from planner.schedule.simulation import Timeline, simulate
-from planner.scheduling import pipeline_problem
 from profiles.cluster import Cluster
 from profiles.model import Dtype, LayerProfile, ModelProfile
 from solvers.bounds import best_bound
@@ -252,7 +252,7 @@ class Pricer:
         return self.price(cut, schedule, "auto", solution.solver), solution
 
     def schedule_bound_us(self, cut: Cut) -> float:
-        """A lower bound on the pipeline time of this cut under any order, its backward split or not."""
+        """A lower bound on the pipeline time of this cut under any order that splits all backwards, or none."""
         bounds = []
         for splits_backward in (False, True) if cut.candidate.can_split_backward else (False,):
             problem = pipeline_problem(

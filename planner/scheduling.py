@@ -1,114 +1,77 @@
-"""Schedules from costs: the bridge between stages priced in float µs and integer scheduling problems.
+"""Schedules from costs alone: what `pipewright schedule` asks, for a placement that is given or chosen here."""
 
-Times are rounded to whole µs here, once per stage, F and B to at least 1; solvers see nothing else of the facts.
-"""
-
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from planner.errors import InfeasibleError, LayoutError
-from planner.plans import StageCosts
-from planner.schedule.actions import Schedule
-from planner.schedule.answer import Objective, ScheduleAnswer
-from planner.schedule.families import FAMILIES, get_family
-from solvers.bounds import best_bound
-from solvers.pipeline import Op, Order, PipelineProblem, PipelineScore, Status
-from solvers.registry import BACKENDS, Progress, get_backend, solve_pipeline
+from planner.ordering import (
+    Limits,
+    Ordered,
+    bound_of_any_backward,
+    by_family,
+    by_solver,
+    refuse_if_too_small,
+    refuse_solver,
+)
+from planner.pipeline_costs import MemoryLimits, PipelineCosts
+from planner.placements import Placement, named_placement, placement_of_family, read_placement
+from planner.schedule.answer import Objective, PlacementRow, ScheduleAnswer
+from planner.schedule.families import get_family
+from solvers.bounds import Bound
+from solvers.pipeline import PipelineProblem
+from solvers.registry import Progress
 
-MAX_ACTIONS = 1_000_000
-MAX_BYTES = 10**15
-MAX_TIME_US = 1e12  # eleven days for one action; more is a mistake in the unit
+__all__ = ["MAX_ACTIONS", "PipelineCosts", "Question", "choose_placement", "schedule_costs"]
 
-
-def pipeline_problem(
-    stages: Sequence[StageCosts],
-    rank_of_stage: Sequence[int],
-    num_microbatches: int,
-    *,
-    splits_backward: bool,
-    capacity_bytes: Sequence[int] | None,
-    objective: Objective = "makespan",
-    rounding: Callable[[float], int] = round,
-) -> PipelineProblem:
-    """The integer scheduling problem of these stages; `capacity_bytes` is what activations may take on each rank.
-
-    Rounded down (`math.floor`), its lower bounds hold for the unrounded times; sums are rounded after they are taken.
-    """
-    backward = [s.backward_input_us if splits_backward else s.fused_backward_us for s in stages]
-    weight = [s.backward_weight_us if splits_backward else 0.0 for s in stages]
-    return PipelineProblem(
-        forward_us=tuple(max(1, rounding(s.forward_us)) for s in stages),
-        backward_us=tuple(max(1, rounding(us)) for us in backward),
-        weight_us=tuple(map(rounding, weight)),
-        split=(splits_backward,) * len(stages),
-        transfer_us=tuple(rounding(s.transfer_us) for s in stages[:-1]),
-        rank_of_stage=tuple(rank_of_stage),
-        num_microbatches=num_microbatches,
-        activation_bytes=tuple(s.activation_bytes for s in stages),
-        weight_activation_bytes=tuple(s.weight_activation_bytes for s in stages),
-        capacity_bytes=None if capacity_bytes is None else tuple(capacity_bytes),
-        objective=objective,
-    )
-
-
-def order_of(schedule: Schedule) -> Order:
-    """A schedule as solvers see it."""
-    return tuple(tuple(Op(str(a.kind), a.stage, a.microbatch) for a in actions) for actions in schedule.ranks)
+MAX_ACTIONS = 2_500_000
+AUTO_PLACEMENTS = (
+    ("linear", 1),
+    ("interleaved", 2),
+    ("vee", 2),
+    ("interleaved", 3),
+    ("vee", 3),
+    ("interleaved", 4),
+    ("vee", 4),
+)
+UNIT = 12  # sizes nobody gave are cut into 2, 3 and 4 chunks
+_FIRST_PASS = 0.5  # of the time limit: every placement gets the same
+_SECOND_PASS = (0.65, 1.0)  # of what is left then: the most promising placement, then the next
 
 
 @dataclass(frozen=True)
-class PipelineCosts:
-    """What `pipewright schedule` is given: µs per stage, and activation sizes in any one unit."""
+class Question:
+    """What is to be scheduled, but for the placement; LayoutError where a number makes no sense."""
 
-    forward_us: tuple[float, ...]  # shape (p · v,) or (1,) for equal stages, likewise the next two
-    backward_us: tuple[float, ...]
-    weight_us: tuple[float, ...]
-    p2p_us: float
-    activation_bytes: int = 2
-    weight_activation_bytes: int = 1
+    costs: PipelineCosts
+    num_ranks: int
+    num_microbatches: int
+    memory: MemoryLimits
+    objective: Objective
+    limits: Limits
 
     def __post_init__(self) -> None:
-        for name, least in (("forward_us", 1), ("backward_us", 1), ("weight_us", 0)):
-            for value in getattr(self, name):
-                if not math.isfinite(value) or not least <= value <= MAX_TIME_US:
-                    raise LayoutError(f"{name}: {value} is not a time; give µs from {least} to {MAX_TIME_US:g}")
-        if not math.isfinite(self.p2p_us) or not 0 <= self.p2p_us <= MAX_TIME_US:
-            raise LayoutError(f"p2p_us: {self.p2p_us} is not a time; give µs from 0 to {MAX_TIME_US:g}")
-        if not (0 <= self.weight_activation_bytes <= MAX_BYTES and 0 < self.activation_bytes <= MAX_BYTES):
-            raise LayoutError(
-                f"activation_bytes={self.activation_bytes}, weight_activation_bytes={self.weight_activation_bytes}: "
-                f"the first must be 1 to {MAX_BYTES}, the second 0 to {MAX_BYTES}"
-            )
+        _check_numbers(self.num_ranks, self.num_microbatches, 1)
 
-    def stages(self, rank_of_stage: Sequence[int]) -> tuple[StageCosts, ...]:
-        """One `StageCosts` per stage, in whole µs; LayoutError when a list has neither 1 nor S entries."""
-        num_stages = len(rank_of_stage)
-        columns = []
-        for name in ("forward_us", "backward_us", "weight_us"):
-            values = getattr(self, name)
-            if len(values) not in (1, num_stages):
-                raise LayoutError(
-                    f"{name} has {len(values)} entries; give one number, or one for each of the {num_stages} stages"
-                )
-            whole = tuple(float(round(value)) for value in values)
-            columns.append(whole * num_stages if len(whole) == 1 else whole)
-        forward, backward, weight = columns
-        return tuple(
-            StageCosts(
-                forward_us=forward[s],
-                backward_input_us=backward[s],
-                backward_weight_us=weight[s],
-                fused_backward_us=backward[s] + weight[s],
-                optimizer_us=0.0,
-                parameter_bytes=0,
-                activation_bytes=self.activation_bytes,
-                weight_activation_bytes=self.weight_activation_bytes,
-                output_bytes=0,
-                temporary_bytes=0,
-                transfer_us=(self.p2p_us if s + 1 < num_stages and rank_of_stage[s] != rank_of_stage[s + 1] else 0.0),
-            )
-            for s in range(num_stages)
+    def problem(self, placement: Placement) -> PipelineProblem:
+        """The problem of this placement, the costs being of its stages."""
+        return self._problem(self.costs, placement)
+
+    def problem_of_pieces(self, placement: Placement) -> PipelineProblem:
+        """The problem of this placement, the costs being of the ranks' pieces of the model."""
+        return self._problem(self.costs.chunked(self.num_ranks, placement.rank_of_stage), placement)
+
+    def capacity_bytes(self) -> tuple[int, ...] | None:
+        """What every rank may hold, shape (p,); None is no limit."""
+        return self.memory.capacity_per_rank(self.costs, self.num_ranks)
+
+    def _problem(self, costs: PipelineCosts, placement: Placement) -> PipelineProblem:
+        _check_numbers(self.num_ranks, self.num_microbatches, len(placement.rank_of_stage) / self.num_ranks)
+        return costs.problem(
+            placement.rank_of_stage,
+            self.num_microbatches,
+            objective=self.objective,
+            capacity_bytes=self.capacity_bytes(),
+            fixed_bytes=self.memory.fixed_per_rank(self.num_ranks),
         )
 
 
@@ -117,164 +80,245 @@ def schedule_costs(
     *,
     num_ranks: int,
     num_microbatches: int,
-    virtual_stages: int = 1,
-    memory_limit: float | None = None,
+    virtual_stages: int | None = None,
+    placement: str | None = None,
+    memory_limit: float | Sequence[float] | None = None,
+    capacity_bytes: int | Sequence[int] | None = None,
+    fixed_bytes: int | Sequence[int] | None = None,
     family: str = "auto",
     objective: Objective = "span",
     solver: str = "auto",
     time_limit_s: float = 30.0,
+    work_limit: float | None = None,
     seed: int = 0,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ScheduleAnswer:
     """Schedule from costs alone. InfeasibleError when nothing fits the memory, or nothing was found in time.
 
-    `memory_limit` is in units of `costs.activation_bytes`, per rank. With a named family the answer is that family's
-    schedule, and its gap is against every schedule of these costs, its backward split or not.
+    `placement` is linear, interleaved, vee, a comma list with the rank of every stage, or auto; by default linear for
+    one stage per rank, interleaved for more. Costs are per stage. With auto they are of the p ranks' pieces of the
+    model instead, and linear, interleaved and vee with up to four chunks per rank are tried under the same memory.
+
+    `memory_limit` is in units of the largest `costs.activation_bytes`, per rank; or `capacity_bytes`, of which
+    `fixed_bytes` are held all the time. With a named family the answer is that family's schedule, and its gap is
+    against every schedule of these costs, its backward split or not.
     """
-    chosen = None if family == "auto" else get_family(family)
-    placement_family = chosen or FAMILIES["interleaved-1f1b" if virtual_stages > 1 else "1f1b"]
-    _check_question(num_ranks, num_microbatches, virtual_stages, memory_limit, time_limit_s)
-    rank_of_stage = placement_family.placement(num_ranks, virtual_stages)
-    stages = costs.stages(rank_of_stage)
-    capacity = None if memory_limit is None else [math.floor(memory_limit * costs.activation_bytes)] * num_ranks
-    problem = pipeline_problem(
-        stages,
-        rank_of_stage,
-        num_microbatches,
-        splits_backward=True,
-        capacity_bytes=capacity,
-        objective=objective,
-    )
-    if chosen is None:
-        _check_solver(solver, problem)
-        solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed, on_progress=on_progress)
-        if solution.order is None or solution.score is None:
-            raise InfeasibleError(_why_nothing(solution.status, costs, memory_limit, time_limit_s))
-        return _answer(
-            "auto",
-            solution.solver,
-            solution.status,
-            objective,
-            solution.score,
-            solution.lower_bound_us,
-            solution.lower_bound_kind,
-            solution.seconds,
-            solution.order,
-            seed=seed,
-            time_limit_s=time_limit_s,
-            limited_by_time=solution.limited_by_time,
-            interrupted=solution.interrupted,
-        )
-    obstacle = chosen.supports(num_ranks, num_microbatches, virtual_stages)
+    limits = Limits(solver, time_limit_s, seed, work_limit, on_progress)
+    memory = MemoryLimits(memory_limit, capacity_bytes, fixed_bytes)
+    chooses = placement == "auto"
+    question = Question(costs.sized(UNIT if chooses else 1), num_ranks, num_microbatches, memory, objective, limits)
+    if virtual_stages is not None:
+        _check_numbers(num_ranks, num_microbatches, virtual_stages)
+    if chooses:
+        if family != "auto" or virtual_stages is not None:
+            raise LayoutError(
+                "placement auto chooses chunks and order by itself; leave out family and virtual_stages, or compare "
+                "the families"
+            )
+        best, rows, bound = choose_placement(question)
+        return _answer(replace(best, bound=bound), question, rows)
+    if family == "auto":
+        default = "interleaved" if (virtual_stages or 1) > 1 else "linear"
+        place = read_placement(placement or default, num_ranks, virtual_stages)
+        return _answer(_solved(question.problem(place), place, question), question)
+    chosen = get_family(family)
+    chunks = virtual_stages or 1
+    place = placement_of_family(chosen, num_ranks, chunks)
+    obstacle = chosen.supports(num_ranks, num_microbatches, chunks)
     if obstacle:
         raise LayoutError(f"family {chosen.name!r}: {obstacle}")
-    order = order_of(chosen.generate(num_ranks, num_microbatches, virtual_stages))
-    own = (
-        problem
-        if chosen.splits_backward
-        else pipeline_problem(
-            stages, rank_of_stage, num_microbatches, splits_backward=False, capacity_bytes=capacity, objective=objective
+    if placement is not None and read_placement(placement, num_ranks, None).rank_of_stage != place.rank_of_stage:
+        raise LayoutError(
+            f"family {chosen.name!r} has a placement of its own, {place.name}; leave out {placement!r}, or the family"
         )
+    problem = question.problem(place)
+    found = by_family(chosen, problem, place, bound_of_any_backward(problem))
+    if found.overflow is not None:
+        raise InfeasibleError(_why_not_fitting(found, question.memory))
+    return _answer(found, question)
+
+
+def choose_placement(question: Question) -> tuple[Ordered, tuple[PlacementRow, ...], Bound]:
+    """The best order over `AUTO_PLACEMENTS`, what became of each, and a bound on all that were tried.
+
+    Every placement gets the same part of the first half of the time, then the two most promising share the rest.
+    Costs are of the ranks' pieces. InfeasibleError where a microbatch fits with none.
+    """
+    notes: dict[tuple[str, int], str] = {}
+    problems: dict[tuple[str, int], tuple[PipelineProblem, Placement]] = {}
+    for name, chunks in AUTO_PLACEMENTS if question.num_ranks > 1 else AUTO_PLACEMENTS[:1]:
+        place = named_placement(name, question.num_ranks, chunks)
+        try:
+            problem = question.problem_of_pieces(place)
+            refuse_solver(question.limits, problem)
+            refuse_if_too_small(problem, question.memory)
+        except LayoutError as error:
+            if chunks == 1 and not isinstance(error, InfeasibleError):
+                raise
+            notes[name, chunks] = str(error)
+        else:
+            problems[name, chunks] = problem, place
+    if not problems:
+        raise InfeasibleError(next(iter(notes.values())))
+    limit_s = question.limits.time_limit_s
+    found: dict[tuple[str, int], Ordered] = {}
+    interrupted = False
+
+    def spend(key: tuple[str, int], seconds: float) -> None:
+        nonlocal interrupted
+        problem, place = problems[key]
+        try:
+            better = by_solver(problem, place, _within(question.limits, seconds, f"{place.name} v{key[1]}"))
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            interrupted = True
+            return
+        if better is not None:
+            interrupted |= better.interrupted
+            found[key] = _combined(found.get(key), better)
+
+    left_s = limit_s
+    for position, key in enumerate(problems):
+        if not interrupted:
+            share_s = (left_s - limit_s * (1 - _FIRST_PASS)) / (len(problems) - position)
+            spend(key, share_s)
+            left_s -= found[key].seconds if key in found else share_s
+    if not found:
+        raise InfeasibleError(_nothing_in_time(limit_s))
+    best_us = min(one.objective_us for one in found.values())
+    open_ones = sorted(
+        (key for key, one in found.items() if one.bound.value_us < min(best_us, one.objective_us)),
+        key=lambda key: found[key].objective_us,
     )
-    score = own.evaluate(order)
-    if not score.fits:
-        worst = max(range(num_ranks), key=lambda rank: score.peak_bytes[rank])
-        raise InfeasibleError(
-            f"no {chosen.name} schedule fits: rank {worst} holds {score.peak_bytes[worst]} at its peak, the memory "
-            f"limit of {memory_limit or 0:g} microbatches is {capacity[worst] if capacity else 0}; raise the "
+    for key, share in zip(open_ones, _SECOND_PASS, strict=False):
+        if not interrupted and left_s > 0.01 * limit_s:
+            before_s = found[key].seconds
+            spend(key, left_s * share)
+            left_s -= found[key].seconds - before_s
+    best = min(found.values(), key=lambda one: one.objective_us)
+    rows = tuple(_row(key, found.get(key), notes.get(key, "")) for key in (*problems, *notes))
+    rows = tuple(sorted(rows, key=lambda row: (row.objective_us is None, row.objective_us or 0)))
+    bound = min((one.bound for one in found.values()), key=lambda known: known.value_us)
+    unknown = [key for key in problems if key not in found]
+    if unknown:
+        bound = min(bound, *(bound_of_any_backward(problems[key][0]) for key in unknown), key=lambda b: b.value_us)
+    best = replace(
+        best,
+        seconds=sum(one.seconds for one in found.values()),
+        limited_by_time=any(one.limited_by_time for one in found.values()),
+        interrupted=interrupted,
+    )
+    return best, rows, bound
+
+
+def _solved(problem: PipelineProblem, place: Placement, question: Question) -> Ordered:
+    refuse_solver(question.limits, problem)
+    refuse_if_too_small(problem, question.memory)
+    found = by_solver(problem, place, question.limits)
+    if found is None:
+        raise InfeasibleError(_nothing_in_time(question.limits.time_limit_s))
+    return found
+
+
+def _within(limits: Limits, seconds: float, label: str) -> Limits:
+    """The same limits for a part of the search, whose news are labelled."""
+    tell = limits.on_progress
+
+    def labelled(event: Progress) -> None:
+        if tell is not None:
+            tell(replace(event, solver=f"{label}, {event.solver}"))
+
+    return replace(limits, time_limit_s=max(seconds, 1e-3), on_progress=labelled)
+
+
+def _combined(first: Ordered | None, second: Ordered) -> Ordered:
+    """The better order and the larger bound of two searches of one problem."""
+    if first is None:
+        return second
+    better = min(first, second, key=lambda one: one.objective_us)
+    return replace(
+        better,
+        bound=max(first.bound, second.bound, key=lambda known: known.value_us),
+        seconds=first.seconds + second.seconds,
+        limited_by_time=second.limited_by_time,
+        interrupted=second.interrupted,
+    )
+
+
+def _row(key: tuple[str, int], one: Ordered | None, note: str) -> PlacementRow:
+    name, chunks = key
+    if one is None:
+        return PlacementRow(placement=name, virtual_stages=chunks, note=note or "nothing was found in its time")
+    return PlacementRow(
+        placement=name,
+        virtual_stages=chunks,
+        objective_us=one.objective_us,
+        span_us=one.span_us,
+        makespan_us=one.makespan_us,
+        bubble_rate_span=one.bubble_rate_span,
+        bubble_rate_makespan=one.bubble_rate_makespan,
+        lower_bound_us=one.bound.value_us,
+        gap=one.gap,
+        peak_memory=max(one.peak_bytes),
+        solver=one.solver,
+    )
+
+
+def _why_not_fitting(found: Ordered, memory: MemoryLimits) -> str:
+    capacity = found.problem.capacity_bytes
+    if found.memory_over and capacity is not None:
+        over = list(map(int.__sub__, found.peak_bytes, capacity))
+        rank = over.index(max(over))
+        return (
+            f"no {found.family} schedule fits: {found.overflow}, {memory.described(rank, capacity[rank])}; raise the "
             "limit, or let auto make an order that holds less"
         )
-    bound = min(best_bound(problem), best_bound(own), key=lambda known: known.value_us)
-    status = Status.OPTIMAL if bound.value_us >= score.objective_us else Status.FEASIBLE
-    return _answer(
-        chosen.name,
-        "family",
-        status,
-        objective,
-        score,
-        bound.value_us,
-        bound.kind,
-        0.0,
-        order,
-        seed=seed,
-        time_limit_s=time_limit_s,
-        limited_by_time=False,
-        interrupted=False,
-    )
+    return f"no {found.family} schedule fits: {found.overflow}; raise max_in_flight, or let auto make the order"
 
 
-def _why_nothing(status: Status, costs: PipelineCosts, memory_limit: float | None, time_limit_s: float) -> str:
-    if status is Status.INFEASIBLE:
-        most = max(costs.activation_bytes, costs.weight_activation_bytes)
-        return (
-            f"no schedule exists: a stage holds {most} of a single microbatch, more than the memory limit of "
-            f"{memory_limit or 0:g} × {costs.activation_bytes} per rank allows; raise the limit"
-        )
+def _nothing_in_time(time_limit_s: float) -> str:
     return f"no schedule found in {time_limit_s:g} s, and none proven impossible; raise the time limit"
 
 
-def _check_question(
-    num_ranks: int, num_microbatches: int, virtual_stages: int, memory_limit: float | None, time_limit_s: float
-) -> None:
+def _check_numbers(num_ranks: int, num_microbatches: int, virtual_stages: float) -> None:
     if num_ranks < 1 or num_microbatches < 1 or virtual_stages < 1:
         raise LayoutError(
-            f"p={num_ranks}, m={num_microbatches}, v={virtual_stages}: ranks, microbatches and chunks count from 1"
+            f"p={num_ranks}, m={num_microbatches}, v={virtual_stages:g}: ranks, microbatches and chunks count from 1"
         )
-    num_actions = 3 * num_ranks * num_microbatches * virtual_stages
+    num_actions = round(3 * num_ranks * num_microbatches * virtual_stages)
     if num_actions > MAX_ACTIONS:
         raise LayoutError(
-            f"p={num_ranks}, m={num_microbatches}, v={virtual_stages} make {num_actions} actions; "
+            f"p={num_ranks}, m={num_microbatches}, v={virtual_stages:g} make {num_actions} actions; "
             f"at most {MAX_ACTIONS} are scheduled"
         )
-    if memory_limit is not None and not 0 < memory_limit <= MAX_ACTIONS:
-        raise LayoutError(f"memory limit {memory_limit}: give a number of microbatches above 0, at most {MAX_ACTIONS}")
-    if not (math.isfinite(time_limit_s) and time_limit_s > 0):
-        raise LayoutError(f"time limit {time_limit_s}: give a finite number of seconds above 0")
 
 
-def _check_solver(solver: str, problem: PipelineProblem) -> None:
-    if solver == "auto":
-        return
-    if solver not in BACKENDS:
-        raise LayoutError(f"no solver is called {solver!r}; known: auto, {', '.join(BACKENDS)}")
-    obstacle = get_backend(solver).why_not(problem)
-    if obstacle is not None:
-        raise LayoutError(f"solver {solver!r} does not take this problem: {obstacle}")
-
-
-def _answer(
-    family: str,
-    solver: str,
-    status: Status,
-    objective: Objective,
-    score: PipelineScore,
-    bound_us: int,
-    bound_kind: str,
-    seconds: float,
-    order: Iterable[Iterable[tuple[str, int, int]]],
-    *,
-    seed: int,
-    time_limit_s: float,
-    limited_by_time: bool,
-    interrupted: bool,
-) -> ScheduleAnswer:
+def _answer(found: Ordered, question: Question, comparison: tuple[PlacementRow, ...] = ()) -> ScheduleAnswer:
     return ScheduleAnswer(
-        family=family,
-        solver=solver,
-        status="optimal" if status is Status.OPTIMAL else "feasible",
-        objective=objective,
-        span_us=score.span_us,
-        makespan_us=score.makespan_us,
-        bubble_rate_span=score.bubble_rate_span,
-        bubble_rate_makespan=score.bubble_rate_makespan,
-        lower_bound_us=bound_us,
-        lower_bound_kind=bound_kind,
-        gap=(score.objective_us - bound_us) / score.objective_us,
-        peak_memory=tuple(score.peak_bytes),
-        solve_seconds=round(seconds, 3),
-        seed=seed,
-        time_limit_s=time_limit_s,
-        limited_by_time=limited_by_time,
-        interrupted=interrupted,
-        schedule=Schedule.from_orders(order).to_lines(),
+        family=found.family,
+        solver=found.solver,
+        status="optimal" if found.gap <= 0 else "feasible",
+        objective=question.objective,
+        num_ranks=question.num_ranks,
+        num_microbatches=question.num_microbatches,
+        placement=found.placement.name,
+        virtual_stages=found.placement.virtual_stages,
+        rank_of_stage=found.placement.rank_of_stage,
+        span_us=found.span_us,
+        makespan_us=found.makespan_us,
+        bubble_rate_span=found.bubble_rate_span,
+        bubble_rate_makespan=found.bubble_rate_makespan,
+        lower_bound_us=found.bound.value_us,
+        lower_bound_kind=found.bound.kind,
+        gap=found.gap,
+        peak_memory=found.peak_bytes,
+        memory_capacity=found.problem.capacity_bytes,
+        solve_seconds=round(found.seconds, 3),
+        seed=question.limits.seed,
+        time_limit_s=question.limits.time_limit_s,
+        limited_by_time=found.limited_by_time and found.gap > 0,
+        interrupted=found.interrupted,
+        comparison=comparison,
+        schedule=found.schedule.to_lines(),
     )

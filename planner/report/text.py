@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 GIB = 2**30
-_SHOWN_RANKS = 16
+SHOWN_RANKS = 16
 
 
 def render(*parts: RenderableType, width: int = 110) -> str:
@@ -51,13 +51,15 @@ def grid(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], *, l
     return Group(Text(f"\n{title}", style="bold"), table)
 
 
-def schedule_excerpt(lines: Sequence[str], *, title: str, width: int = 106) -> Group:
-    """The start of every rank's line, for the first ranks."""
+def schedule_excerpt(lines: Sequence[str], *, title: str, width: int = 106, rest: str = "") -> Group:
+    """The start of every rank's line, for the first ranks; `rest` says where the rest is, if there is any."""
     shown = []
-    for rank, line in enumerate(lines[:_SHOWN_RANKS]):
+    for rank, line in enumerate(lines[:SHOWN_RANKS]):
         label = f"r{rank}: "
         room = width - len(label)
         shown.append(label + (line if len(line) <= room else line[: line.rfind(" ", 0, room - 2)] + " …"))
-    if len(lines) > _SHOWN_RANKS:
-        shown.append(f"… and {len(lines) - _SHOWN_RANKS} more ranks")
+    if len(lines) > SHOWN_RANKS:
+        shown.append(f"… and {len(lines) - SHOWN_RANKS} more ranks")
+    if rest and (len(lines) > SHOWN_RANKS or any(line.endswith(" …") for line in shown)):
+        shown.append(rest)
     return Group(Text(f"\n{title}", style="bold"), Text("\n".join(shown)))

@@ -280,5 +280,5 @@ def test_a_rank_over_its_memory_is_refused(llama):
 def test_a_schedule_that_is_not_its_familys_is_refused(llama):
     with pytest.raises(PlanError, match="is not what family 'gpipe' generates for this layout"):
         verify(llama.model_copy(update={"family": "gpipe"}))
-    with pytest.raises(PlanError, match=r"plan\.family 'nonsense' is none of gpipe, 1f1b"):
+    with pytest.raises(PlanError, match=r"plan\.family 'nonsense' is none of naive, gpipe, 1f1b"):
         verify(llama.model_copy(update={"family": "nonsense"}))

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from schedule_cases import numbers_for
 
 from planner.plans import StageCosts
+from planner.problems import order_of, pipeline_problem
 from planner.schedule.families import FAMILIES
 from planner.schedule.simulation import simulate
-from planner.scheduling import order_of, pipeline_problem
 
 times = st.integers(1, 40)
 

@@ -1,0 +1,272 @@
+"""An order for stages that have a place: from a schedule family, or from a solver, scored and with a bound.
+
+Families are scored by `planner.schedule.simulation`, solvers' orders by the problem itself; the two share no code.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from planner.errors import InfeasibleError, LayoutError
+from planner.pipeline_costs import MemoryLimits
+from planner.placements import Placement
+from planner.problems import adapted, of_any_backward
+from planner.schedule.actions import Schedule
+from planner.schedule.families import FAMILIES, Family
+from planner.schedule.simulation import StageTimes, simulate
+from solvers.bounds import Bound, best_bound
+from solvers.pipeline import PipelineProblem, PipelineSolution
+from solvers.registry import BACKENDS, Progress, get_backend, solve_pipeline
+
+_LEAST_SHARE = 0.25  # of the time limit that solvers get, however long the families took
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long, with what, and from which seed to search."""
+
+    solver: str = "auto"
+    time_limit_s: float = 30.0
+    seed: int = 0
+    work_limit: float | None = None
+    on_progress: Callable[[Progress], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.time_limit_s) and self.time_limit_s > 0):
+            raise LayoutError(f"time limit {self.time_limit_s}: give a finite number of seconds above 0")
+        if self.work_limit is not None and not (math.isfinite(self.work_limit) and self.work_limit > 0):
+            raise LayoutError(f"work limit {self.work_limit}: give a finite amount above 0")
+        if self.solver != "auto" and self.solver not in BACKENDS:
+            raise LayoutError(f"no solver is called {self.solver!r}; known: auto, {', '.join(BACKENDS)}")
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """One order of one placed problem, and its price."""
+
+    family: str  # or "auto"
+    solver: str
+    placement: Placement
+    problem: PipelineProblem
+    schedule: Schedule
+    span_us: int
+    makespan_us: int
+    peak_bytes: tuple[int, ...]  # shape (p,), what is fixed included
+    overflow: str | None  # why it does not fit; None if it does
+    bound: Bound
+    seconds: float = 0.0
+    limited_by_time: bool = False
+    interrupted: bool = False
+
+    @property
+    def objective_us(self) -> int:
+        """What the problem minimises."""
+        return self.span_us if self.problem.objective == "span" else self.makespan_us
+
+    @property
+    def bubble_rate_span(self) -> float:
+        """(span − work) / span, work being the busiest rank's."""
+        return self._rate(self.span_us)
+
+    @property
+    def bubble_rate_makespan(self) -> float:
+        """(makespan − work) / makespan."""
+        return self._rate(self.makespan_us)
+
+    @property
+    def gap(self) -> float:
+        """(objective − bound) / objective."""
+        return (self.objective_us - self.bound.value_us) / self.objective_us
+
+    @property
+    def memory_over(self) -> int:
+        """By how many bytes the worst rank is over its capacity; 0 if none is."""
+        capacity = self.problem.capacity_bytes
+        return 0 if capacity is None else max(0, *map(int.__sub__, self.peak_bytes, capacity))
+
+    def _rate(self, cost_us: int) -> float:
+        return (cost_us - max(self.problem.work_us)) / cost_us
+
+
+def bound_of_any_backward(problem: PipelineProblem) -> Bound:
+    """A lower bound on every schedule of these costs, its backward split or not."""
+    return best_bound(of_any_backward(problem))
+
+
+def by_family(
+    family: Family, problem: PipelineProblem, placement: Placement, bound: Bound, *, splits: bool = False
+) -> Ordered:
+    """The family's schedule on this problem, whether it fits or not; `splits` as in `adapted`.
+
+    LayoutError where the family has no schedule for these numbers.
+    """
+    chunks = placement.virtual_stages
+    obstacle = family.supports(problem.num_ranks, problem.num_microbatches, chunks)
+    if obstacle:
+        raise LayoutError(f"family {family.name!r}: {obstacle}")
+    schedule = family.generate(problem.num_ranks, problem.num_microbatches, chunks)
+    schedule = adapted(schedule, problem, splits=splits)
+    timeline = simulate(schedule, stage_times(problem))
+    fixed = problem.fixed_bytes or (0,) * problem.num_ranks
+    peak_bytes = tuple(map(int.__add__, timeline.peak_activation_bytes, fixed))
+    return Ordered(
+        family=family.name,
+        solver="family",
+        placement=placement,
+        problem=problem,
+        schedule=schedule,
+        span_us=math.ceil(timeline.span_us - 1e-6),  # whole starts make whole spans; a mean of several may be between
+        makespan_us=round(timeline.makespan_us),
+        peak_bytes=peak_bytes,
+        overflow=_overflow(problem, peak_bytes) or _too_many_in_flight(problem, schedule),
+        bound=bound,
+    )
+
+
+def by_solver(problem: PipelineProblem, placement: Placement, limits: Limits) -> Ordered | None:
+    """The best order found within the limits; None where the limits came before any. The problem must be feasible.
+
+    With the solver auto the fixed families are candidates, too: no answer is worse than one of them that fits.
+    """
+    began = time.monotonic()
+    family = _best_family(problem, placement) if limits.solver == "auto" else None
+    if family is not None and family.gap <= 0:
+        return replace(family, seconds=time.monotonic() - began)
+    left_s = max(limits.time_limit_s * _LEAST_SHARE, limits.time_limit_s - (time.monotonic() - began))
+    extra: dict[str, Any] = {} if limits.work_limit is None else {"work_limit": limits.work_limit}
+    solution = solve_pipeline(
+        problem,
+        solver=limits.solver,
+        time_limit_s=left_s,
+        seed=limits.seed,
+        on_progress=limits.on_progress,
+        **extra,
+    )
+    found = _best_of(family, solution, problem, placement)
+    if found is None:
+        return None
+    return replace(
+        found,
+        bound=Bound(solution.lower_bound_us, solution.lower_bound_kind),
+        seconds=time.monotonic() - began,
+        limited_by_time=solution.limited_by_time,
+        interrupted=solution.interrupted,
+    )
+
+
+def _best_of(
+    family: Ordered | None, solution: PipelineSolution, problem: PipelineProblem, placement: Placement
+) -> Ordered | None:
+    """The better of a family's order and a solver's, where there are any."""
+    score = solution.score
+    if solution.order is None or score is None:
+        return family
+    if family is not None and family.objective_us < score.objective_us:
+        return family
+    return Ordered(
+        family="auto",
+        solver=solution.solver,
+        placement=placement,
+        problem=problem,
+        schedule=Schedule.from_orders(solution.order),
+        span_us=score.span_us,
+        makespan_us=score.makespan_us,
+        peak_bytes=score.peak_bytes,
+        overflow=None,
+        bound=Bound(solution.lower_bound_us, solution.lower_bound_kind),
+    )
+
+
+def refuse_if_too_small(problem: PipelineProblem, memory: MemoryLimits) -> None:
+    """InfeasibleError where a single microbatch is more than some rank may hold."""
+    capacity = problem.capacity_bytes
+    if capacity is None or problem.is_feasible():
+        return
+    over = list(map(int.__sub__, problem.single_microbatch_bytes(), capacity))
+    rank = over.index(max(over))
+    raise InfeasibleError(
+        f"no schedule exists: rank {rank} holds {capacity[rank] + over[rank]} with a single microbatch, and "
+        f"{memory.described(rank, capacity[rank])}; raise the limit"
+    )
+
+
+def refuse_solver(limits: Limits, problem: PipelineProblem) -> None:
+    """LayoutError where the solver that is asked for does not take this problem."""
+    obstacle = None if limits.solver == "auto" else get_backend(limits.solver).why_not(problem)
+    if obstacle is not None:
+        raise LayoutError(f"solver {limits.solver!r} does not take this problem: {obstacle}")
+
+
+def stage_times(problem: PipelineProblem) -> list[StageTimes]:
+    """The problem's stages as the simulation reads them."""
+    checkpoints = problem.checkpoint_bytes or (0,) * problem.num_stages
+    return [
+        StageTimes(
+            forward_us=problem.forward_us[s],
+            backward_input_us=problem.backward_us[s],
+            backward_weight_us=problem.weight_us[s],
+            fused_backward_us=problem.backward_us[s] + problem.weight_us[s],
+            transfer_us=problem.transfer_us[s] if s + 1 < problem.num_stages else 0,
+            activation_bytes=problem.activation_bytes[s],
+            weight_activation_bytes=problem.weight_activation_bytes[s],
+            recompute_us=problem.rerun_us[s],
+            checkpoint_bytes=checkpoints[s],
+        )
+        for s in range(problem.num_stages)
+    ]
+
+
+def num_transfers(problem: PipelineProblem) -> int:
+    """Tensors that go from rank to rank in one step: activations and gradients."""
+    home = problem.rank_of_stage
+    return 2 * problem.num_microbatches * sum(a != b for a, b in pairwise(home))
+
+
+def _best_family(problem: PipelineProblem, placement: Placement) -> Ordered | None:
+    """The best fixed family with this placement that fits, as an order that solvers could have made."""
+    best: Ordered | None = None
+    bound: Bound | None = None
+    for family in FAMILIES.values():
+        if family.name == "naive":
+            continue
+        numbers = (problem.num_ranks, problem.num_microbatches, placement.virtual_stages)
+        same_place = len(placement.rank_of_stage) == problem.num_ranks * placement.virtual_stages
+        if not same_place or family.supports(*numbers) is not None:
+            continue
+        if family.placement(problem.num_ranks, placement.virtual_stages) != placement.rank_of_stage:
+            continue
+        bound = bound or bound_of_any_backward(problem)
+        found = by_family(family, problem, placement, bound, splits=True)
+        if found.overflow is None and (best is None or found.objective_us < best.objective_us):
+            best = replace(found, family="auto", solver=f"family {family.name}")
+    return best
+
+
+def _overflow(problem: PipelineProblem, peak_bytes: tuple[int, ...]) -> str | None:
+    capacity = problem.capacity_bytes
+    if capacity is None:
+        return None
+    over = list(map(int.__sub__, peak_bytes, capacity))
+    rank = over.index(max(over))
+    return None if over[rank] <= 0 else f"rank {rank} holds {peak_bytes[rank]} at its peak"
+
+
+def _too_many_in_flight(problem: PipelineProblem, schedule: Schedule) -> str | None:
+    if problem.max_in_flight is None:
+        return None
+    now = [0] * problem.num_stages
+    for rank, actions in enumerate(schedule.ranks):
+        for kind, stage, _ in actions:
+            if kind == "F":
+                now[stage] += 1
+                if now[stage] > problem.max_in_flight[stage]:
+                    return (
+                        f"rank {rank} has more than {problem.max_in_flight[stage]} microbatches of stage {stage} in "
+                        "flight"
+                    )
+            elif kind == "B" or kind == "BW":
+                now[stage] -= 1
+    return None
