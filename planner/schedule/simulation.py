@@ -7,6 +7,8 @@ so each can be checked against the other.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -75,11 +77,24 @@ class TimedAction(NamedTuple):
 class Timeline:
     """What became of a schedule. Times count from the start of the step."""
 
-    ranks: tuple[tuple[TimedAction, ...], ...]  # in the order of the schedule, shape (p, actions of the rank)
+    schedule: Schedule
+    starts_us: tuple[tuple[float, ...], ...]  # of every action, in the order of the schedule
+    durations_us: dict[str, list[float]]  # by kind, then stage
     makespan_us: float  # end of the last action, every action as soon as possible
     span_us: float  # least possible max over ranks of (last end − first start), see `simulate`
     busy_us: tuple[float, ...]  # shape (p,)
     peak_activation_bytes: tuple[int, ...]  # shape (p,)
+
+    @cached_property
+    def ranks(self) -> tuple[tuple[TimedAction, ...], ...]:
+        """Every action with its times, in the order of the schedule, shape (p, actions of the rank)."""
+        return tuple(
+            tuple(
+                TimedAction(action, start_us, start_us + self.durations_us[action.kind][action.stage])
+                for action, start_us in zip(actions, starts_us, strict=True)
+            )
+            for actions, starts_us in zip(self.schedule.ranks, self.starts_us, strict=True)
+        )
 
     @property
     def work_us(self) -> float:
@@ -125,23 +140,15 @@ def simulate(schedule: Schedule, stages: Sequence[StageLike]) -> Timeline:
             if not 0 <= value < math.inf:
                 raise ValueError(f"stage {index}: {name} is {value}, not a finite time of at least 0")
     order = run_order(schedule, num_stages=len(stages))
-    starts_us, reach_us = _propagate(schedule, stages, order)
     durations_us = _durations_us(stages)
-    ranks = tuple(
-        tuple(
-            [
-                TimedAction(action, start_us, start_us + durations_us[action[0]][action[1]])
-                for action, start_us in zip(actions, rank_starts_us, strict=True)
-            ]
-        )
-        for actions, rank_starts_us in zip(schedule.ranks, starts_us, strict=True)
-    )
+    paths = _Paths(schedule, stages, order)
     busy_us = tuple(sum([durations_us[kind][stage] for kind, stage, _ in actions]) for actions in schedule.ranks)
-    makespan_us = max(actions[-1].end_us for actions in ranks)
     return Timeline(
-        ranks=ranks,
-        makespan_us=makespan_us,
-        span_us=min(makespan_us, max(_largest_cycle_mean(reach_us), max(busy_us))),
+        schedule=schedule,
+        starts_us=paths.starts_us,
+        durations_us=durations_us,
+        makespan_us=paths.makespan_us,
+        span_us=max(paths.least_span_us(), max(busy_us)),
         busy_us=busy_us,
         peak_activation_bytes=tuple(_peak_bytes(actions, stages) for actions in schedule.ranks),
     )
@@ -157,53 +164,114 @@ def _durations_us(stages: Sequence[StageLike]) -> dict[str, list[float]]:
     }
 
 
-def _propagate(
-    schedule: Schedule, stages: Sequence[StageLike], order: Sequence[tuple[int, int]]
-) -> tuple[list[list[float]], NDArray[np.float64]]:
-    """The earliest start of every action, and the longest path between the ends of the ranks.
+class _Paths:
+    """Longest paths through a schedule that can run. Actions are numbered rank by rank, in order."""
 
-    Entry [a, b] of the matrix, shape (p, p), is the longest path from the start of rank a's first action to
-    the end of rank b's last one, −inf where there is none.
-    """
-    p, m = schedule.num_ranks, schedule.num_microbatches
-    home = schedule.rank_of_stage
-    last = len(stages) - 1
-    durations_us = _durations_us(stages)
-    crosses = [home[stage] != home[stage + 1] for stage in range(last)] + [False]  # from stage s to s + 1
-    hop_us = [stage.transfer_us for stage in stages]
-    starts_us: list[list[float]] = [[0.0] * len(actions) for actions in schedule.ranks]
-    free_us = [0.0] * p
-    # row b while the sweep goes on: the longest paths from every rank's first start to where rank b is now
-    reach_us = np.full((p, p), -np.inf)
-    rows = list(reach_us)
-    for rank in range(p):
-        reach_us[rank, rank] = 0.0  # joined by what the first action waits for, before it starts
-    # what is on its way to another rank: when it arrives, and the longest paths to that moment
-    activations: dict[int, tuple[float, NDArray[np.float64]]] = {}
-    gradients: dict[int, tuple[float, NDArray[np.float64]]] = {}
-    for rank, step in order:
-        kind, stage, microbatch = schedule.ranks[rank][step]
-        start_us = free_us[rank]
-        row = rows[rank]
-        arrived = None
-        if kind == "F":
-            if stage > 0 and crosses[stage - 1]:
-                arrived = activations.pop((stage - 1) * m + microbatch)
-        elif crosses[stage] and (kind == "B" or kind == "BW"):
-            arrived = gradients.pop((stage + 1) * m + microbatch)
-        if arrived is not None:
-            start_us = max(start_us, arrived[0])
-            np.maximum(row, arrived[1], out=row)
-        duration_us = durations_us[kind][stage]
-        starts_us[rank][step] = start_us
-        end_us = free_us[rank] = start_us + duration_us
-        row += duration_us
-        if kind == "F":
-            if crosses[stage]:
-                activations[stage * m + microbatch] = (end_us + hop_us[stage], row + hop_us[stage])
-        elif stage > 0 and crosses[stage - 1] and (kind == "B" or kind == "BW"):
-            gradients[stage * m + microbatch] = (end_us + hop_us[stage - 1], row + hop_us[stage - 1])
-    return starts_us, reach_us.T
+    def __init__(self, schedule: Schedule, stages: Sequence[StageLike], order: Sequence[tuple[int, int]]) -> None:
+        p, m = schedule.num_ranks, schedule.num_microbatches
+        home = schedule.rank_of_stage
+        last = len(stages) - 1
+        durations_us = _durations_us(stages)
+        crosses = [home[stage] != home[stage + 1] for stage in range(last)] + [False]  # from stage s to s + 1
+        hop_us = [stage.transfer_us for stage in stages]
+        self._first = list(accumulate(map(len, schedule.ranks), initial=0))
+        total = self._first[-1]
+        self._order = [0] * total
+        self._duration_us = [0.0] * total
+        self._waits_for = [-1] * total  # the action on another rank whose output it needs
+        self._delay_us = [0.0] * total
+        starts_us = [0.0] * total
+        free_us = [0.0] * p
+        # what is on its way to another rank: which action sent it, and when it arrives
+        activations: dict[int, tuple[int, float]] = {}
+        gradients: dict[int, tuple[int, float]] = {}
+        for position, (rank, step) in enumerate(order):
+            kind, stage, microbatch = schedule.ranks[rank][step]
+            action = self._first[rank] + step
+            start_us = free_us[rank]
+            if kind == "F":
+                if stage and crosses[stage - 1]:
+                    sender, arrival_us = activations.pop((stage - 1) * m + microbatch)
+                    self._waits_for[action] = sender
+                    self._delay_us[action] = hop_us[stage - 1]
+                    if arrival_us > start_us:
+                        start_us = arrival_us
+            elif crosses[stage] and (kind == "B" or kind == "BW"):
+                sender, arrival_us = gradients.pop((stage + 1) * m + microbatch)
+                self._waits_for[action] = sender
+                self._delay_us[action] = hop_us[stage]
+                if arrival_us > start_us:
+                    start_us = arrival_us
+            duration_us = durations_us[kind][stage]
+            self._order[position] = action
+            self._duration_us[action] = duration_us
+            starts_us[action] = start_us
+            end_us = free_us[rank] = start_us + duration_us
+            if kind == "F":
+                if crosses[stage]:
+                    activations[stage * m + microbatch] = action, end_us + hop_us[stage]
+            elif stage and crosses[stage - 1] and (kind == "B" or kind == "BW"):
+                gradients[stage * m + microbatch] = action, end_us + hop_us[stage - 1]
+        self.starts_us = tuple(tuple(starts_us[a:b]) for a, b in pairwise(self._first))
+        self.makespan_us = max(free_us)
+        self._end_us = free_us
+
+    def least_span_us(self) -> float:
+        """The span: see `simulate` for what it is, `_largest_cycle_mean` for how.
+
+        With every action as soon as possible, the longest span of a rank is the answer already where a path inside
+        that rank is as long, since no rank can then do with less. Else all pairs of ranks are looked at.
+        """
+        spans_us = [end_us - starts_us[0] for end_us, starts_us in zip(self._end_us, self.starts_us, strict=True)]
+        longest_us = max(spans_us)
+        rank = spans_us.index(longest_us)
+        if self._longest_inside_us(rank) >= longest_us * (1 - 1e-12):
+            return longest_us
+        return min(longest_us, _largest_cycle_mean(self._between_ranks_us()))
+
+    def _longest_inside_us(self, rank: int) -> float:
+        """The longest path from the start of a rank's first action to the end of its last."""
+        first, duration_us, waits_for, delay_us = self._first, self._duration_us, self._waits_for, self._delay_us
+        heads = set(first[:-1])
+        end_us = [-math.inf] * len(duration_us)
+        source = first[rank]
+        for action in self._order:
+            start_us = end_us[action - 1] if action not in heads else -math.inf
+            sender = waits_for[action]
+            if sender >= 0:
+                arrival_us = end_us[sender] + delay_us[action]
+                if arrival_us > start_us:
+                    start_us = arrival_us
+            if action == source and start_us < 0:
+                start_us = 0.0
+            end_us[action] = start_us + duration_us[action]
+        return end_us[first[rank + 1] - 1]
+
+    def _between_ranks_us(self) -> NDArray[np.float64]:
+        """[a, b]: longest path from the start of rank a's first action to the end of rank b's last. Shape (p, p).
+
+        −inf where there is none.
+        """
+        first, duration_us, waits_for, delay_us = self._first, self._duration_us, self._waits_for, self._delay_us
+        p = len(first) - 1
+        ranks = np.repeat(np.arange(p), np.diff(first)).tolist()
+        is_sender = bytearray(len(duration_us))
+        for sender in waits_for:
+            if sender >= 0:
+                is_sender[sender] = 1
+        reach_us = np.full((p, p), -np.inf)  # row b: the longest paths from every rank's start to where rank b is now
+        np.fill_diagonal(reach_us, 0.0)  # joined by what the first action waits for, before it starts
+        rows = list(reach_us)
+        on_the_way: dict[int, NDArray[np.float64]] = {}
+        for action in self._order:
+            row = rows[ranks[action]]
+            sender = waits_for[action]
+            if sender >= 0:
+                np.maximum(row, on_the_way.pop(sender) + delay_us[action], out=row)
+            row += duration_us[action]
+            if is_sender[action]:
+                on_the_way[action] = row.copy()
+        return reach_us.T
 
 
 def _largest_cycle_mean(weights: NDArray[np.float64]) -> float:
