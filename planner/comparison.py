@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 from planner.errors import LayoutError
 from planner.ordering import Limits, Ordered, by_family, num_transfers
-from planner.pipeline_costs import MemoryLimits, PipelineCosts
+from planner.pipeline_costs import UNIT, MemoryLimits, PipelineCosts
 from planner.placements import placement_of_family
 from planner.schedule.answer import Comparison, FamilyRow, Objective
 from planner.schedule.families import FAMILIES
-from planner.scheduling import UNIT, Question, choose_placement
+from planner.scheduling import Question, choose_placement
 from solvers.bounds import Bound
 from solvers.registry import Progress
 

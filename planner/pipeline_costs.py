@@ -16,6 +16,7 @@ from solvers.pipeline import Objective, PipelineProblem
 MAX_BYTES = 10**15
 MAX_TIME_US = 1e12  # eleven days for one action; more is a mistake in the unit
 MAX_LIMIT = 10**9  # microbatches, in a limit
+UNIT = 12  # in it, sizes that nobody gave can be cut into 2, 3 and 4 chunks
 
 _TIMES = {"forward_us": 1, "backward_us": 1, "weight_us": 0, "p2p_us": 0, "recompute_us": 0}
 _SIZES = {"activation_bytes": 1, "weight_activation_bytes": 0, "checkpoint_bytes": 0, "max_in_flight": 1}
@@ -77,6 +78,14 @@ class PipelineCosts:
         fixed_bytes: Sequence[int] | None = None,
     ) -> PipelineProblem:
         """The scheduling problem in whole µs, entries being of stages; LayoutError where their number is wrong."""
+        if self.activation_bytes is None or self.weight_activation_bytes is None:
+            return self.sized().problem(
+                rank_of_stage,
+                num_microbatches,
+                objective=objective,
+                capacity_bytes=capacity_bytes,
+                fixed_bytes=fixed_bytes,
+            )
         count = len(rank_of_stage)
         hops = self._entries("p2p_us", count - 1, "transfer between stages") if count > 1 else ()
         optional: dict[str, Any] = {}
@@ -114,6 +123,8 @@ class PipelineCosts:
         ranks that are no neighbours are as far apart as the slowest of those. LayoutError where a stage would get less
         than 1 µs.
         """
+        if self.activation_bytes is None or self.weight_activation_bytes is None:
+            return self.sized(UNIT).chunked(num_ranks, rank_of_stage)
         chunks = len(rank_of_stage) // num_ranks
         changes: dict[str, Any] = {}
         for name in ("forward_us", "backward_us", "weight_us", "recompute_us", *_SIZES):

@@ -13,7 +13,7 @@ from planner.ordering import (
     refuse_if_too_small,
     refuse_solver,
 )
-from planner.pipeline_costs import MemoryLimits, PipelineCosts
+from planner.pipeline_costs import UNIT, MemoryLimits, PipelineCosts
 from planner.placements import Placement, named_placement, placement_of_family, read_placement
 from planner.schedule.answer import Objective, PlacementRow, ScheduleAnswer
 from planner.schedule.families import get_family
@@ -33,7 +33,6 @@ AUTO_PLACEMENTS = (
     ("interleaved", 4),
     ("vee", 4),
 )
-UNIT = 12  # sizes nobody gave are cut into 2, 3 and 4 chunks
 _FIRST_PASS = 0.5  # of the time limit: every placement gets the same
 _SECOND_PASS = (0.65, 1.0)  # of what is left then: the most promising placement, then the next
 
