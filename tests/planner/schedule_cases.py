@@ -10,14 +10,20 @@ from planner.schedule.families import Family
 from planner.schedule.simulation import StageTimes
 
 
-def needs(action: Action, split: dict[tuple[int, int], bool], num_stages: int) -> list[Action]:
-    """The actions that `action` waits for, by the definition."""
+def needs(
+    action: Action, split: dict[tuple[int, int], bool], num_stages: int, again: set[tuple[int, int]]
+) -> list[Action]:
+    """The actions that `action` waits for, by the definition; `again`: what is recomputed."""
     kind, stage, microbatch = action
+    if kind is Kind.R:
+        return [Action(Kind.F, stage, microbatch)]
     if kind is Kind.W:
         return [Action(Kind.B, stage, microbatch)]
     if kind is Kind.F:
         return [Action(Kind.F, stage - 1, microbatch)] if stage else []
     found = [Action(Kind.F, stage, microbatch)]
+    if (stage, microbatch) in again:
+        found.append(Action(Kind.R, stage, microbatch))
     if stage + 1 < num_stages:
         found.append(Action(Kind.B if split[stage + 1, microbatch] else Kind.BW, stage + 1, microbatch))
     return found
@@ -30,6 +36,13 @@ def splits(schedule: Schedule) -> dict[tuple[int, int], bool]:
         for actions in schedule.ranks
         for action in actions
         if action.kind in (Kind.B, Kind.BW)
+    }
+
+
+def recomputed(schedule: Schedule) -> set[tuple[int, int]]:
+    """The (stage, microbatch) with an R."""
+    return {
+        (action.stage, action.microbatch) for actions in schedule.ranks for action in actions if action.kind is Kind.R
     }
 
 
@@ -57,11 +70,14 @@ def valid_schedules(draw, max_ranks=4, max_stages=6, max_microbatches=4) -> Sche
     todo = [Action(Kind.F, s, j) for s, j in split]
     for (s, j), is_split in split.items():
         todo += [Action(Kind.B, s, j), Action(Kind.W, s, j)] if is_split else [Action(Kind.BW, s, j)]
+    again = {key for key in split if draw(st.integers(0, 3)) == 0}
+    todo += [Action(Kind.R, s, j) for s, j in again]
     random = draw(st.randoms(use_true_random=False))
     done: set[Action] = set()
     ranks: list[list[Action]] = [[] for _ in range(max(placement) + 1)]
     while todo:
-        action = random.choice([a for a in todo if all(n in done for n in needs(a, split, num_stages))])
+        ready = [a for a in todo if all(n in done for n in needs(a, split, num_stages, again))]
+        action = random.choice(ready)
         todo.remove(action)
         done.add(action)
         ranks[placement[action.stage]].append(action)
@@ -72,7 +88,10 @@ def valid_schedules(draw, max_ranks=4, max_stages=6, max_microbatches=4) -> Sche
 def stages_for(draw, schedule: Schedule, *, zeros=True) -> list[StageTimes]:
     times = st.integers(0 if zeros else 1, 20)
     sizes = st.integers(0, 9)
-    return [StageTimes(*(draw(times) for _ in range(5)), draw(sizes), draw(sizes)) for _ in range(schedule.num_stages)]
+    return [
+        StageTimes(*(draw(times) for _ in range(5)), draw(sizes), draw(sizes), draw(times), draw(sizes))
+        for _ in range(schedule.num_stages)
+    ]
 
 
 def numbers_for(family: Family, num_ranks: int, num_microbatches: int) -> tuple[int, int]:
@@ -87,8 +106,8 @@ def numbers_for(family: Family, num_ranks: int, num_microbatches: int) -> tuple[
 def can_run(schedule: Schedule, num_stages: int, num_microbatches: int) -> bool:
     """Whether it is complete, each stage on one rank, and the ranks get through their lists."""
     everything = [action for actions in schedule.ranks for action in actions]
-    split = splits(schedule)
-    wanted = []
+    split, again = splits(schedule), recomputed(schedule)
+    wanted = [Action(Kind.R, s, j) for s, j in again]
     for stage in range(num_stages):
         for j in range(num_microbatches):
             kinds = "FBW" if split.get((stage, j), False) else ("F", "BW")
@@ -102,7 +121,7 @@ def can_run(schedule: Schedule, num_stages: int, num_microbatches: int) -> bool:
     while moved:
         moved = False
         for actions in lists:
-            if actions and all(need in done for need in needs(actions[0], split, num_stages)):
+            if actions and all(need in done for need in needs(actions[0], split, num_stages, again)):
                 done.add(actions.pop(0))
                 moved = True
     return not any(lists)
@@ -116,6 +135,7 @@ def duration(action: Action, stages: Sequence[StageTimes]) -> Fraction:
             Kind.B: stage.backward_input_us,
             Kind.W: stage.backward_weight_us,
             Kind.BW: stage.fused_backward_us,
+            Kind.R: stage.recompute_us,
         }[action.kind]
     )
 
@@ -127,7 +147,7 @@ def earliest_starts(
 
     None when it never settles: no timing keeps that span.
     """
-    num_stages, split = len(stages), splits(schedule)
+    num_stages, split, again = len(stages), splits(schedule), recomputed(schedule)
     home = {action.stage: rank for rank, actions in enumerate(schedule.ranks) for action in actions}
     starts = {action: Fraction(0) for actions in schedule.ranks for action in actions}
     for _ in range(len(starts) + 2):
@@ -137,7 +157,7 @@ def earliest_starts(
                 bounds = [starts[action]]
                 if n:
                     bounds.append(starts[actions[n - 1]] + duration(actions[n - 1], stages))
-                for need in needs(action, split, num_stages):
+                for need in needs(action, split, num_stages, again):
                     hop = 0
                     if home[need.stage] != home[action.stage]:
                         hop = stages[min(need.stage, action.stage)].transfer_us
@@ -159,8 +179,11 @@ def peak_bytes(actions: Sequence[Action], stages: Sequence[StageTimes]) -> int:
         for action in started:
             if action.kind is not Kind.F:
                 continue
-            b, w, bw = (action._replace(kind=kind) for kind in (Kind.B, Kind.W, Kind.BW))
+            b, w, bw, r = (action._replace(kind=kind) for kind in (Kind.B, Kind.W, Kind.BW, Kind.R))
             full, part = stages[action.stage].activation_bytes, stages[action.stage].weight_activation_bytes
+            if r in actions and r not in started:
+                held += stages[action.stage].checkpoint_bytes
+                continue
             if w in ended or bw in ended:
                 continue
             if b in ended:

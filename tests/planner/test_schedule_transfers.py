@@ -46,7 +46,7 @@ def produced(schedule: Schedule, rank: int) -> list[Transfer]:
     home, found = schedule.rank_of_stage, []
     for kind, stage, j in schedule.ranks[rank]:
         to = stage + 1 if kind is Kind.F else stage - 1
-        if kind is not Kind.W and home.get(to, rank) != rank:
+        if kind not in (Kind.W, Kind.R) and home.get(to, rank) != rank:
             what = "activation" if kind is Kind.F else "gradient"
             found.append(Transfer(what, stage, to, rank, home[to], j))
     return found
@@ -80,7 +80,7 @@ def test_ranks_that_receive_in_that_order_all_finish(schedule, random):
     def move(rank: int) -> bool:
         kind, stage, j = schedule.ranks[rank][step[rank]]
         source = stage - 1 if kind is Kind.F else stage + 1
-        if kind is not Kind.W and home.get(source, rank) != rank:
+        if kind not in (Kind.W, Kind.R) and home.get(source, rank) != rank:
             what = "activation" if kind is Kind.F else "gradient"
             needed = Transfer(what, source, stage, home[source], rank, j)
             channel = needed.from_rank, rank
@@ -91,7 +91,7 @@ def test_ranks_that_receive_in_that_order_all_finish(schedule, random):
                 assert channels[channel].popleft() == place
                 inbox[rank].add(place)
         to = stage + 1 if kind is Kind.F else stage - 1
-        if kind is not Kind.W and home.get(to, rank) != rank:
+        if kind not in (Kind.W, Kind.R) and home.get(to, rank) != rank:
             channels[rank, home[to]].append(outbox[rank].popleft())
         step[rank] += 1
         return True

@@ -5,10 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_cases import numbers_for
 
+from planner.ordering import bound_of_any_backward, by_family
+from planner.pipeline_costs import PipelineCosts
+from planner.placements import placement_of_family
 from planner.plans import StageCosts
 from planner.problems import order_of, pipeline_problem
 from planner.schedule.families import FAMILIES
 from planner.schedule.simulation import simulate
+from planner.schedule.validation import check
+from solvers.bounds import Bound
 
 times = st.integers(1, 40)
 
@@ -57,3 +62,56 @@ def test_both_scorings_agree_on_makespan_span_and_memory(pipeline):
     assert timeline.bubble_rate_span == pytest.approx(score.bubble_rate_span)
     assert timeline.bubble_rate_makespan == pytest.approx(score.bubble_rate_makespan)
     assert tuple(timeline.peak_activation_bytes) == score.peak_bytes
+
+
+sizes = st.integers(1, 9)
+
+
+@given(
+    st.sampled_from(sorted(FAMILIES)),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from(["span", "makespan"]),
+    st.data(),
+)
+@settings(derandomize=True, deadline=None, max_examples=150)
+def test_both_scorings_agree_where_stages_are_fused_or_limited_or_recompute(name, p, m, objective, data):
+    family = FAMILIES[name]
+    m, v = numbers_for(family, p, m)
+
+    def column(entries):
+        return tuple(data.draw(entries) for _ in range(p * v))
+
+    whole = column(sizes)
+    costs = PipelineCosts(
+        column(times),
+        column(times),
+        column(times),
+        tuple(data.draw(times) for _ in range(p * v - 1)) or 0,
+        whole,
+        column(sizes),
+        fused_stages=tuple(s for s in range(p * v) if data.draw(st.booleans())),
+        max_in_flight=column(st.integers(1, m)),
+        recompute_us=column(st.integers(0, 9)),
+        checkpoint_bytes=tuple(data.draw(st.integers(0, most)) for most in whole),
+    )
+    place = placement_of_family(family, p, v)
+    problem = costs.problem(
+        place.rank_of_stage,
+        m,
+        objective=objective,
+        capacity_bytes=[data.draw(st.integers(1, 99)) for _ in range(p)],
+        fixed_bytes=[data.draw(st.integers(0, 9)) for _ in range(p)],
+    )
+    found = by_family(family, problem, place, Bound(0, ""), splits=True)
+    score = problem.evaluate(order_of(found.schedule))
+    assert (found.span_us, found.makespan_us) == (score.span_us, score.makespan_us)
+    assert (found.bubble_rate_span, found.bubble_rate_makespan) == pytest.approx(
+        (score.bubble_rate_span, score.bubble_rate_makespan)
+    )
+    assert found.peak_bytes == score.peak_bytes
+    assert (found.overflow is None) == score.fits
+    check(found.schedule, num_stages=p * v, num_microbatches=m, rank_of_stage=place.rank_of_stage)
+    fused = by_family(family, problem, place, Bound(0, ""))
+    bound = bound_of_any_backward(problem)
+    assert fused.overflow is not None or bound.value_us <= fused.objective_us
