@@ -356,7 +356,7 @@ def compare(
     output: SaveAnswer = None,
     as_json: Json = False,
 ) -> None:
-    """Set every schedule family and auto side by side on the same costs, given per rank."""
+    """Compare every schedule family, and auto, on the same costs, given per rank."""
     from planner.comparison import compare as compare_families
     from planner.report.schedule import render_comparison
 
