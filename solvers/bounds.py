@@ -240,6 +240,20 @@ def _most_work_us(
     return most_us
 
 
+def upper_hull(states: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The (bytes, value) states of the upper concave hull: rising in both, ever less value per byte."""
+    hull: list[tuple[int, int]] = []
+    for size, value in sorted(set(states), key=lambda state: (state[0], -state[1])):
+        if hull and value <= hull[-1][1]:
+            continue  # as many bytes or more, and not worth more
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (size - hull[-1][0]) <= (value - hull[-1][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((size, value))
+    return hull
+
+
 def _most_value(states: Sequence[tuple[int, int]], count: int, capacity: int | None) -> int:
     """Upper bound on the total value of `count` states whose bytes sum to at most `capacity` (None: no limit).
 
@@ -250,15 +264,7 @@ def _most_value(states: Sequence[tuple[int, int]], count: int, capacity: int | N
     if capacity is None:
         return count * max(value for _, value in states)
     capacity = max(0, capacity)
-    hull: list[tuple[int, int]] = []
-    for size, value in sorted(set(states), key=lambda state: (state[0], -state[1])):
-        if hull and value <= hull[-1][1]:
-            continue  # as many bytes or more, and not worth more
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (size - hull[-1][0]) <= (value - hull[-1][1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
-            hull.pop()
-        hull.append((size, value))
+    hull = upper_hull(states)
     useful = {state for state in states if state[1] > 0}
     if len(useful) <= 2 and hull[0] == (0, 0):
         (size_a, value_a), (size_b, value_b) = [*useful, (1, 0), (1, 0)][:2]

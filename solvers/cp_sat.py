@@ -19,7 +19,7 @@ import threading
 import time
 from fractions import Fraction
 from math import ceil, floor, gcd, lcm
-from typing import Any
+from typing import Any, Protocol
 
 from ortools.sat.python import cp_model
 
@@ -79,7 +79,7 @@ class CpSat:
             if bound.value_us >= best_score.objective_us or interrupted or left_s <= 0:
                 break
             model = _Model(problem, best, grain, best_score.objective_us, bound)
-            run = _run(model, max(0.1, left_s), seed, workers, on_progress, began)
+            run = run_model(model, max(0.1, left_s), seed, workers, on_progress, began)
             interrupted = run.interrupted
             if run.status is Status.INFEASIBLE:
                 raise SolverError("CP-SAT finds no order at all, but the hint is one")
@@ -134,6 +134,7 @@ class _Model:
 
     def __init__(self, problem: PipelineProblem, hint: Order, grain_us: Fraction, upper_us: int, bound: Bound) -> None:
         self.problem = problem
+        self.improves_only = problem.num_ops > _EXACT_OPS
         self._grain_us = grain_us
         num_stages, m = problem.num_stages, problem.num_microbatches
         span = problem.objective == "span"
@@ -220,7 +221,20 @@ class _Model:
         return order_by(self.problem, lambda key: solver.value(self._starts[key]))
 
 
-class _Run:
+class SearchModel(Protocol):
+    """A model that `run_model` can solve."""
+
+    model: Any  # cp_model.CpModel
+    improves_only: bool  # too large to prove anything: all workers improve the incumbent
+
+    def cost_us(self, value: float) -> int:
+        """What an answer with this objective value costs at most."""
+
+    def least_us(self, value: float) -> int:
+        """What every order costs at least if the solver's bound is this."""
+
+
+class Run:
     """What a run of the solver left behind."""
 
     def __init__(self, solver: Any, status: Status, interrupted: bool) -> None:
@@ -229,9 +243,9 @@ class _Run:
         self.interrupted = interrupted
 
 
-def _run(
-    model: _Model, time_limit_s: float, seed: int, workers: int, on_progress: OnProgress | None, began: float
-) -> _Run:
+def run_model(
+    model: SearchModel, time_limit_s: float, seed: int, workers: int, on_progress: OnProgress | None, began: float
+) -> Run:
     """Solve in a thread of its own, so that Ctrl-C and progress are dealt with at once, in this one."""
     news: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
@@ -246,7 +260,7 @@ def _run(
     solver.parameters.num_workers = workers
     solver.parameters.catch_sigint_signal = False
     solver.parameters.interleave_search = True  # the same seed gives the same answer, whatever the threads do
-    if model.problem.num_ops > _EXACT_OPS:
+    if model.improves_only:
         solver.parameters.use_lns_only = True
         solver.parameters.linearization_level = 0
         solver.parameters.cp_model_probing_level = 0
@@ -284,4 +298,4 @@ def _run(
         raise result
     if result not in _STATUS:
         raise SolverError(f"CP-SAT calls the model {solver.status_name(result)}: {model.model.validate()}")
-    return _Run(solver, _STATUS[result], interrupted)
+    return Run(solver, _STATUS[result], interrupted)

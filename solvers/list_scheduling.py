@@ -430,7 +430,7 @@ class Simulator:
         return max(starts_us[n - 1] + duration_us[n - 1] for n in first[1:])
 
 
-def _changed(rule: Rule, rng: random.Random, m: int, *, recomputes: bool) -> Rule:
+def changed_rule(rule: Rule, rng: random.Random, m: int, *, recomputes: bool) -> Rule:
     """A neighbour of a rule: one or two of its parts moved a little."""
 
     def moved(values: tuple[int, ...], least: int) -> tuple[int, ...]:
@@ -587,7 +587,7 @@ class _Search:
         turn = 0
         while not self._should_stop(limit):
             cost, rule = climbers[turn % len(climbers)]
-            neighbour = _changed(rule, rng, problem.num_microbatches, recomputes=any(problem.has_recompute))
+            neighbour = changed_rule(rule, rng, problem.num_microbatches, recomputes=any(problem.has_recompute))
             turn += 1
             if turn > 50 * (len(seen) + 1000):
                 return  # a tiny problem: every rule has been seen

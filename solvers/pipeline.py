@@ -324,7 +324,16 @@ class PipelineProblem:
         names rank, step and op. An order that holds more memory than there is, or has more microbatches in flight than
         a stage may have, gets a score with `fits` false.
         """
-        graph = self._graph(order)
+        fixed_bytes = self.fixed_bytes or (0,) * self.num_ranks
+        graph = self.timing_graph(order)
+        peak_bytes = tuple(fixed + self._peak_bytes(ops) for fixed, ops in zip(fixed_bytes, order, strict=True))
+        return self.timed(order, graph, peak_bytes, max(self.work_us))
+
+    def timed(self, order: Order, graph: TimingGraph, peak_bytes: tuple[int, ...], work_us: int) -> PipelineScore:
+        """The score of an order from its timing graph, its peaks and the busiest rank's work.
+
+        ValueError if the order deadlocks.
+        """
         try:
             topological = graph.topological_order()
         except DeadlockError as error:
@@ -334,12 +343,9 @@ class PipelineProblem:
         makespan_us = max(asap_us[n] + graph.duration_us[n] for n in lasts)
         span_us, span_starts_us = graph.least_span(topological)
         starts_us = asap_us if self.objective == "makespan" else span_starts_us
-        fixed_bytes = self.fixed_bytes or (0,) * self.num_ranks
-        peak_bytes = tuple(fixed + self._peak_bytes(ops) for fixed, ops in zip(fixed_bytes, order, strict=True))
         fits = self.capacity_bytes is None or all(map(int.__le__, peak_bytes, self.capacity_bytes))
         if self.max_in_flight is not None:
             fits = fits and all(self._keeps_in_flight_limit(ops) for ops in order)
-        work_us = max(self.work_us)
         return PipelineScore(
             objective_us=makespan_us if self.objective == "makespan" else span_us,
             span_us=span_us,
@@ -384,7 +390,7 @@ class PipelineProblem:
                 left[stage] += 1
         return True
 
-    def _graph(self, order: Order) -> TimingGraph:
+    def timing_graph(self, order: Order) -> TimingGraph:
         """The timing graph of a complete order; ValueError if it is not one."""
         num_stages, num_microbatches = self.num_stages, self.num_microbatches
         if len(order) != self.num_ranks:

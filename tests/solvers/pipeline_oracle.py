@@ -36,12 +36,17 @@ def order_cost_us(problem, order):
 
 
 def _duration(problem, op):
-    kind, s, _ = op
+    kind, s, j = op
     if kind == "R":
         return problem.recompute_us[s]
     if kind == "BW":
-        return problem.backward_us[s] + problem.weight_us[s]
-    return {"F": problem.forward_us, "B": problem.backward_us, "W": problem.weight_us}[kind][s]
+        return _of(problem.backward_us[s], j) + _of(problem.weight_us[s], j)
+    return _of({"F": problem.forward_us, "B": problem.backward_us, "W": problem.weight_us}[kind][s], j)
+
+
+def _of(value, j):
+    """A stage's value for microbatch j: the same for all, or a tuple with one each."""
+    return value[j] if isinstance(value, tuple) else value
 
 
 def _needs(problem, op):
@@ -115,8 +120,8 @@ def _rank_orders(problem, rank, any_microbatch_order):
         for op in ops:
             if op in done or not before[op] <= set(done):
                 continue
-            kind, s, _ = op
-            size, kept = problem.activation_bytes[s], problem.weight_activation_bytes[s]
+            kind, s, j = op
+            size, kept = _of(problem.activation_bytes[s], j), _of(problem.weight_activation_bytes[s], j)
             if kind == "F" and crowded(done, s):
                 continue
             if kind == "F":
