@@ -87,6 +87,15 @@ def exactness(num_ranks: int) -> Found:
         ("1f1b", 1, 1),
         ("interleaved-1f1b", 2, 2 * num_ranks),
         ("zb-h1", 1, 6),
+        ("naive", 1, 3),
+        ("afp", 1, 6),
+        ("breadth-first", 2, 3),
+        ("hanayo", 2, 4),
+        ("zb-h2", 1, 6),
+        ("zb-v", 2, 6),
+        ("v-half", 2, 5),
+        ("v-min", 2, 5),
+        ("dualpipev", 2, 2 * num_ranks),
     ]:
         schedule = get_family(name).generate(num_ranks, m, virtual)
         layers_per_stage = [2, *[1] * (schedule.num_stages - 1)]

@@ -68,11 +68,11 @@ def assert_exact(found):
 
 
 def test_gradients_of_every_family_and_of_random_schedules_are_those_of_plain_torch_on_two_ranks(two):
-    assert assert_exact(two[0]) == 2 * 50
+    assert assert_exact(two[0]) == 2 * 68
 
 
 def test_gradients_of_every_family_and_of_random_schedules_are_those_of_plain_torch_on_three_ranks(three):
-    assert assert_exact(three) == 3 * 50
+    assert assert_exact(three) == 3 * 68
 
 
 def test_pipeline_and_data_parallel_together_give_the_gradients_of_the_global_batch(four):
