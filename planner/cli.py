@@ -119,6 +119,10 @@ SolverName = Annotated[str, typer.Option(help="Who makes auto's order: auto, or 
 WorkLimit = Annotated[
     float | None, typer.Option(min=0, help="Amount of search, the same on every machine [default: --time-limit only].")
 ]
+MicrobatchScale = Annotated[
+    str | None,
+    typer.Option(help="Microbatches that differ: what each takes of all times and sizes, one entry per microbatch."),
+]
 SaveAnswer = Annotated[Path | None, typer.Option("-o", "--output", help="Save the machine-readable answer here.")]
 
 
@@ -283,6 +287,7 @@ def schedule(
     max_in_flight: MaxInFlight = None,
     recompute_us: RecomputeUs = None,
     checkpoint_bytes: CheckpointBytes = None,
+    microbatch_scale: MicrobatchScale = None,
     family: Annotated[str, typer.Option(help=f"auto, or one of {FAMILY_NAMES}.")] = "auto",
     objective: Objective = ObjectiveName.span,
     solver: SolverName = "auto",
@@ -309,6 +314,7 @@ def schedule(
         max_in_flight,
         recompute_us,
         checkpoint_bytes,
+        microbatch_scale,
     )
     with _spinner("scheduling") as say:
         answer = schedule_costs(
@@ -348,6 +354,7 @@ def compare(
     max_in_flight: MaxInFlight = None,
     recompute_us: RecomputeUs = None,
     checkpoint_bytes: CheckpointBytes = None,
+    microbatch_scale: MicrobatchScale = None,
     objective: Objective = ObjectiveName.span,
     solver: SolverName = "auto",
     time_limit: TimeLimit = 30.0,
@@ -373,6 +380,7 @@ def compare(
         max_in_flight,
         recompute_us,
         checkpoint_bytes,
+        microbatch_scale,
     )
     with _spinner("comparing") as say:
         comparison = compare_families(
@@ -515,6 +523,7 @@ def _costs(
     max_in_flight: str | None,
     recompute_us: str | None,
     checkpoint_bytes: str | None,
+    microbatch_scale: str | None,
 ) -> "PipelineCosts":
     from planner.pipeline_costs import PipelineCosts
 
@@ -529,6 +538,7 @@ def _costs(
         max_in_flight=_maybe(_wholes, max_in_flight, "--max-in-flight"),
         recompute_us=_maybe(_numbers, recompute_us, "--recompute-us"),
         checkpoint_bytes=_maybe(_wholes, checkpoint_bytes, "--checkpoint-bytes"),
+        microbatch_scale=_maybe(_numbers, microbatch_scale, "--microbatch-scale"),
     )
 
 

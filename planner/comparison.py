@@ -84,13 +84,13 @@ def family_orders(question: Question) -> tuple[list[Ordered], dict[str, str]]:
             supported = True
             place = placement_of_family(family, p, chunks)
             try:
-                problem = question.problem_of_pieces(place)
+                task = question.task_of_pieces(place)
             except LayoutError as error:
                 if chunks == 1:
                     raise
                 refused[f"{family.name}, {chunks} chunks"] = str(error)
             else:
-                found.append(by_family(family, problem, place, no_bound))
+                found.append(by_family(family, task, no_bound))
         if not supported:
             refused[family.name] = obstacle
     return found, refused
@@ -101,15 +101,15 @@ def _row(one: Ordered, least_us: int) -> FamilyRow:
     return FamilyRow(
         family=one.family,
         solver=one.solver,
-        placement=one.placement.name,
-        virtual_stages=one.placement.virtual_stages,
+        placement=one.task.placement.name,
+        virtual_stages=one.task.placement.virtual_stages,
         objective_us=one.objective_us,
         span_us=one.span_us,
         makespan_us=one.makespan_us,
         bubble_rate_span=one.bubble_rate_span,
         bubble_rate_makespan=one.bubble_rate_makespan,
         peak_memory=one.peak_bytes,
-        transfers=num_transfers(one.problem),
+        transfers=num_transfers(one.task.problem),
         fits=one.overflow is None,
         memory_over=over,
         note=one.overflow or "",

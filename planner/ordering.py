@@ -1,25 +1,28 @@
 """An order for stages that have a place: from a schedule family, or from a solver, scored and with a bound.
 
 Families are scored by `planner.schedule.simulation`, solvers' orders by the problem itself; the two share no code.
+Where microbatches differ, the problem scores both.
 """
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from planner.errors import InfeasibleError, LayoutError
 from planner.pipeline_costs import MemoryLimits
 from planner.placements import Placement
-from planner.problems import adapted, of_any_backward
+from planner.problems import adapted, of_any_backward, order_of
 from planner.schedule.actions import Schedule
 from planner.schedule.families import FAMILIES, Family
 from planner.schedule.simulation import StageTimes, simulate
 from solvers.bounds import Bound, best_bound
 from solvers.pipeline import PipelineProblem, PipelineSolution
 from solvers.registry import BACKENDS, Progress, get_backend, solve_pipeline
+from solvers.varied import VariedProblem, lower_bound, solve_varied
 
 _LEAST_SHARE = 0.25  # of the time limit that solvers get, however long the families took
 
@@ -44,13 +47,49 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Task:
+    """Stages with costs and a place, to be ordered."""
+
+    problem: PipelineProblem
+    placement: Placement
+    percent: tuple[int, ...] | None = None  # what every microbatch takes of the costs, where they differ
+
+    @cached_property
+    def varied(self) -> VariedProblem | None:
+        """The problem with different microbatches, where they differ."""
+        return None if self.percent is None else VariedProblem.scaled(self.problem, self.percent)
+
+    @cached_property
+    def of_any_backward(self) -> "Task":
+        """See `planner.problems.of_any_backward`."""
+        return replace(self, problem=of_any_backward(self.problem))
+
+    @property
+    def fused(self) -> "Task":
+        """The same with every backward in one piece."""
+        return replace(self, problem=replace(self.problem, split=(False,) * self.problem.num_stages))
+
+    @property
+    def work_us(self) -> int:
+        """What the busiest rank computes."""
+        return max(self.problem.work_us if self.varied is None else self.varied.work_us)
+
+    def bound(self) -> Bound:
+        """The best lower bound that is known without a search."""
+        return best_bound(self.problem) if self.varied is None else lower_bound(self.varied)
+
+    def bound_of_any_backward(self) -> Bound:
+        """A lower bound on every schedule of these costs, its backward split or not."""
+        return self.of_any_backward.bound()
+
+
+@dataclass(frozen=True)
 class Ordered:
-    """One order of one placed problem, and its price."""
+    """One order for one task, and its price."""
 
     family: str  # or "auto"
     solver: str
-    placement: Placement
-    problem: PipelineProblem
+    task: Task
     schedule: Schedule
     span_us: int
     makespan_us: int
@@ -64,7 +103,7 @@ class Ordered:
     @property
     def objective_us(self) -> int:
         """What the problem minimises."""
-        return self.span_us if self.problem.objective == "span" else self.makespan_us
+        return self.span_us if self.task.problem.objective == "span" else self.makespan_us
 
     @property
     def bubble_rate_span(self) -> float:
@@ -84,30 +123,26 @@ class Ordered:
     @property
     def memory_over(self) -> int:
         """By how many bytes the worst rank is over its capacity; 0 if none is."""
-        capacity = self.problem.capacity_bytes
+        capacity = self.task.problem.capacity_bytes
         return 0 if capacity is None else max(0, *map(int.__sub__, self.peak_bytes, capacity))
 
     def _rate(self, cost_us: int) -> float:
-        return (cost_us - max(self.problem.work_us)) / cost_us
+        return (cost_us - self.task.work_us) / cost_us
 
 
-def bound_of_any_backward(problem: PipelineProblem) -> Bound:
-    """A lower bound on every schedule of these costs, its backward split or not."""
-    return best_bound(of_any_backward(problem))
-
-
-def by_family(
-    family: Family, problem: PipelineProblem, placement: Placement, bound: Bound, *, splits: bool = False
-) -> Ordered:
-    """The family's schedule on this problem, whether it fits or not; `splits` as in `adapted`.
+def by_family(family: Family, task: Task, bound: Bound, *, splits: bool = False) -> Ordered:
+    """The family's schedule for this task, whether it fits or not; `splits` as in `adapted`.
 
     LayoutError where the family has no schedule for these numbers.
     """
-    chunks = placement.virtual_stages
+    problem, chunks = task.problem, task.placement.virtual_stages
     obstacle = family.supports(problem.num_ranks, problem.num_microbatches, chunks)
     if obstacle:
         raise LayoutError(f"family {family.name!r}: {obstacle}")
     schedule = family.generate(problem.num_ranks, problem.num_microbatches, chunks)
+    if task.percent is not None:
+        fused = not (family.splits_backward or splits)
+        return _by_family_of_different_microbatches(family, schedule, task.fused if fused else task, bound)
     schedule = adapted(schedule, problem, splits=splits)
     timeline = simulate(schedule, stage_times(problem))
     fixed = problem.fixed_bytes or (0,) * problem.num_ranks
@@ -115,8 +150,7 @@ def by_family(
     return Ordered(
         family=family.name,
         solver="family",
-        placement=placement,
-        problem=problem,
+        task=task,
         schedule=schedule,
         span_us=math.ceil(timeline.span_us - 1e-6),  # whole starts make whole spans; a mean of several may be between
         makespan_us=round(timeline.makespan_us),
@@ -126,26 +160,37 @@ def by_family(
     )
 
 
-def by_solver(problem: PipelineProblem, placement: Placement, limits: Limits) -> Ordered | None:
-    """The best order found within the limits; None where the limits came before any. The problem must be feasible.
+def _by_family_of_different_microbatches(family: Family, schedule: Schedule, task: Task, bound: Bound) -> Ordered:
+    """Scored by the problem itself, so a BW is run as B and W where the stage splits; microbatches in their order."""
+    assert task.varied is not None
+    problem = task.problem
+    schedule = adapted(schedule, problem, splits=True)
+    score = task.varied.evaluate(order_of(schedule))
+    return Ordered(
+        family=family.name,
+        solver="family",
+        task=task,
+        schedule=schedule,
+        span_us=score.span_us,
+        makespan_us=score.makespan_us,
+        peak_bytes=score.peak_bytes,
+        overflow=_overflow(problem, score.peak_bytes) or _too_many_in_flight(problem, schedule),
+        bound=bound,
+    )
+
+
+def by_solver(task: Task, limits: Limits) -> Ordered | None:
+    """The best order found within the limits; None where the limits came before any. The task must be feasible.
 
     With the solver auto the fixed families are candidates, too: no answer is worse than one of them that fits.
     """
     began = time.monotonic()
-    family = _best_family(problem, placement) if limits.solver == "auto" else None
+    family = _best_family(task) if limits.solver == "auto" else None
     if family is not None and family.gap <= 0:
         return replace(family, seconds=time.monotonic() - began)
     left_s = max(limits.time_limit_s * _LEAST_SHARE, limits.time_limit_s - (time.monotonic() - began))
-    extra: dict[str, Any] = {} if limits.work_limit is None else {"work_limit": limits.work_limit}
-    solution = solve_pipeline(
-        problem,
-        solver=limits.solver,
-        time_limit_s=left_s,
-        seed=limits.seed,
-        on_progress=limits.on_progress,
-        **extra,
-    )
-    found = _best_of(family, solution, problem, placement)
+    solution = _solve(task, replace(limits, time_limit_s=left_s))
+    found = _best_of(family, solution, task)
     if found is None:
         return None
     return replace(
@@ -157,9 +202,23 @@ def by_solver(problem: PipelineProblem, placement: Placement, limits: Limits) ->
     )
 
 
-def _best_of(
-    family: Ordered | None, solution: PipelineSolution, problem: PipelineProblem, placement: Placement
-) -> Ordered | None:
+def _solve(task: Task, limits: Limits) -> PipelineSolution:
+    if task.varied is not None:
+        return solve_varied(
+            task.varied, time_limit_s=limits.time_limit_s, seed=limits.seed, on_progress=limits.on_progress
+        )
+    extra: dict[str, Any] = {} if limits.work_limit is None else {"work_limit": limits.work_limit}
+    return solve_pipeline(
+        task.problem,
+        solver=limits.solver,
+        time_limit_s=limits.time_limit_s,
+        seed=limits.seed,
+        on_progress=limits.on_progress,
+        **extra,
+    )
+
+
+def _best_of(family: Ordered | None, solution: PipelineSolution, task: Task) -> Ordered | None:
     """The better of a family's order and a solver's, where there are any."""
     score = solution.score
     if solution.order is None or score is None:
@@ -169,8 +228,7 @@ def _best_of(
     return Ordered(
         family="auto",
         solver=solution.solver,
-        placement=placement,
-        problem=problem,
+        task=task,
         schedule=Schedule.from_orders(solution.order),
         span_us=score.span_us,
         makespan_us=score.makespan_us,
@@ -180,22 +238,28 @@ def _best_of(
     )
 
 
-def refuse_if_too_small(problem: PipelineProblem, memory: MemoryLimits) -> None:
+def refuse_if_too_small(task: Task, memory: MemoryLimits) -> None:
     """InfeasibleError where a single microbatch is more than some rank may hold."""
-    capacity = problem.capacity_bytes
-    if capacity is None or problem.is_feasible():
+    capacity = task.problem.capacity_bytes
+    if capacity is None:
         return
-    over = list(map(int.__sub__, problem.single_microbatch_bytes(), capacity))
-    rank = over.index(max(over))
-    raise InfeasibleError(
-        f"no schedule exists: rank {rank} holds {capacity[rank] + over[rank]} with a single microbatch, and "
-        f"{memory.described(rank, capacity[rank])}; raise the limit"
-    )
+    alone = (task.problem,) if task.varied is None else task.varied.alone
+    for microbatch, problem in enumerate(alone):
+        over = list(map(int.__sub__, problem.single_microbatch_bytes(), capacity))
+        rank = over.index(max(over))
+        if over[rank] > 0:
+            which = "a single microbatch" if task.varied is None else f"microbatch {microbatch} alone"
+            raise InfeasibleError(
+                f"no schedule exists: rank {rank} holds {capacity[rank] + over[rank]} with {which}, and "
+                f"{memory.described(rank, capacity[rank])}; raise the limit"
+            )
 
 
-def refuse_solver(limits: Limits, problem: PipelineProblem) -> None:
+def refuse_solver(limits: Limits, task: Task) -> None:
     """LayoutError where the solver that is asked for does not take this problem."""
-    obstacle = None if limits.solver == "auto" else get_backend(limits.solver).why_not(problem)
+    if task.percent is not None and (limits.solver != "auto" or limits.work_limit is not None):
+        raise LayoutError("microbatch_scale goes with the solver auto and a time limit; leave out the others")
+    obstacle = None if limits.solver == "auto" else get_backend(limits.solver).why_not(task.problem)
     if obstacle is not None:
         raise LayoutError(f"solver {limits.solver!r} does not take this problem: {obstacle}")
 
@@ -225,21 +289,19 @@ def num_transfers(problem: PipelineProblem) -> int:
     return 2 * problem.num_microbatches * sum(a != b for a, b in pairwise(home))
 
 
-def _best_family(problem: PipelineProblem, placement: Placement) -> Ordered | None:
+def _best_family(task: Task) -> Ordered | None:
     """The best fixed family with this placement that fits, as an order that solvers could have made."""
     best: Ordered | None = None
     bound: Bound | None = None
+    p, m, home = task.problem.num_ranks, task.problem.num_microbatches, task.placement.rank_of_stage
+    chunks = task.placement.virtual_stages
     for family in FAMILIES.values():
-        if family.name == "naive":
+        if family.name == "naive" or len(home) != p * chunks or family.supports(p, m, chunks) is not None:
             continue
-        numbers = (problem.num_ranks, problem.num_microbatches, placement.virtual_stages)
-        same_place = len(placement.rank_of_stage) == problem.num_ranks * placement.virtual_stages
-        if not same_place or family.supports(*numbers) is not None:
+        if family.placement(p, chunks) != home:
             continue
-        if family.placement(problem.num_ranks, placement.virtual_stages) != placement.rank_of_stage:
-            continue
-        bound = bound or bound_of_any_backward(problem)
-        found = by_family(family, problem, placement, bound, splits=True)
+        bound = bound or task.bound_of_any_backward()
+        found = by_family(family, task, bound, splits=True)
         if found.overflow is None and (best is None or found.objective_us < best.objective_us):
             best = replace(found, family="auto", solver=f"family {family.name}")
     return best

@@ -16,6 +16,7 @@ from solvers.pipeline import Objective, PipelineProblem
 MAX_BYTES = 10**15
 MAX_TIME_US = 1e12  # eleven days for one action; more is a mistake in the unit
 MAX_LIMIT = 10**9  # microbatches, in a limit
+MAX_SCALE = 1000
 UNIT = 12  # in it, sizes that nobody gave can be cut into 2, 3 and 4 chunks
 
 _TIMES = {"forward_us": 1, "backward_us": 1, "weight_us": 0, "p2p_us": 0, "recompute_us": 0}
@@ -39,6 +40,7 @@ class PipelineCosts:
     max_in_flight: int | Sequence[int] | None = None  # microbatches between the start of F and the end of B or BW
     recompute_us: float | Sequence[float] | None = None  # R; 0: the stage does not recompute
     checkpoint_bytes: int | Sequence[int] | None = None  # what F takes where the stage recomputes
+    microbatch_scale: Sequence[float] | None = None  # m entries: microbatch j takes scale j of all times and sizes
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -53,6 +55,8 @@ class PipelineCosts:
         if (self.recompute_us is None) != (self.checkpoint_bytes is None):
             given, absent = ("recompute_us", "checkpoint_bytes")[:: 1 if self.checkpoint_bytes is None else -1]
             raise LayoutError(f"{given} is given without {absent}; a stage that recomputes needs both")
+        if self.microbatch_scale is not None and self.recompute_us is not None:
+            raise LayoutError("microbatch_scale and recompute_us do not go together; leave one of them out")
 
     @property
     def largest_activation_bytes(self) -> int:
@@ -114,6 +118,17 @@ class PipelineCosts:
             objective=objective,
             **optional,
         )
+
+    def percent_of_microbatch(self, num_microbatches: int) -> tuple[int, ...] | None:
+        """What every microbatch takes of the costs, in whole percent, shape (m,); None where all take the same."""
+        if self.microbatch_scale is None:
+            return None
+        if len(self.microbatch_scale) != num_microbatches:
+            raise LayoutError(
+                f"microbatch_scale has {len(self.microbatch_scale)} entries; give one for each of the "
+                f"{num_microbatches} microbatches"
+            )
+        return tuple(round(100 * scale) for scale in self.microbatch_scale)
 
     def chunked(self, num_ranks: int, rank_of_stage: Sequence[int]) -> "PipelineCosts":
         """These costs, of the `num_ranks` pieces of a model, as the costs of the S = p · v stages of this placement.
@@ -232,6 +247,10 @@ def _check_entry(name: str, value: Any) -> None:
         least = _TIMES[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= MAX_TIME_US:
             raise LayoutError(f"{name}: {value} is not a time; give µs from {least} to {MAX_TIME_US:g}")
+        return
+    if name == "microbatch_scale":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.01 <= value <= MAX_SCALE:
+            raise LayoutError(f"{name}: {value} is no share; give a number from 0.01 to {MAX_SCALE}")
         return
     least = _SIZES[name]
     most = MAX_LIMIT if name == "max_in_flight" else MAX_BYTES

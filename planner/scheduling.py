@@ -7,7 +7,7 @@ from planner.errors import InfeasibleError, LayoutError
 from planner.ordering import (
     Limits,
     Ordered,
-    bound_of_any_backward,
+    Task,
     by_family,
     by_solver,
     refuse_if_too_small,
@@ -18,7 +18,6 @@ from planner.placements import Placement, named_placement, placement_of_family, 
 from planner.schedule.answer import Objective, PlacementRow, ScheduleAnswer
 from planner.schedule.families import get_family
 from solvers.bounds import Bound
-from solvers.pipeline import PipelineProblem
 from solvers.registry import Progress
 
 __all__ = ["MAX_ACTIONS", "PipelineCosts", "Question", "choose_placement", "schedule_costs"]
@@ -51,27 +50,28 @@ class Question:
     def __post_init__(self) -> None:
         _check_numbers(self.num_ranks, self.num_microbatches, 1)
 
-    def problem(self, placement: Placement) -> PipelineProblem:
-        """The problem of this placement, the costs being of its stages."""
-        return self._problem(self.costs, placement)
+    def task(self, placement: Placement) -> Task:
+        """What is to be ordered with this placement, the costs being of its stages."""
+        return self._task(self.costs, placement)
 
-    def problem_of_pieces(self, placement: Placement) -> PipelineProblem:
-        """The problem of this placement, the costs being of the ranks' pieces of the model."""
-        return self._problem(self.costs.chunked(self.num_ranks, placement.rank_of_stage), placement)
+    def task_of_pieces(self, placement: Placement) -> Task:
+        """What is to be ordered with this placement, the costs being of the ranks' pieces of the model."""
+        return self._task(self.costs.chunked(self.num_ranks, placement.rank_of_stage), placement)
 
     def capacity_bytes(self) -> tuple[int, ...] | None:
         """What every rank may hold, shape (p,); None is no limit."""
         return self.memory.capacity_per_rank(self.costs, self.num_ranks)
 
-    def _problem(self, costs: PipelineCosts, placement: Placement) -> PipelineProblem:
+    def _task(self, costs: PipelineCosts, placement: Placement) -> Task:
         _check_numbers(self.num_ranks, self.num_microbatches, len(placement.rank_of_stage) / self.num_ranks)
-        return costs.problem(
+        problem = costs.problem(
             placement.rank_of_stage,
             self.num_microbatches,
             objective=self.objective,
             capacity_bytes=self.capacity_bytes(),
             fixed_bytes=self.memory.fixed_per_rank(self.num_ranks),
         )
+        return Task(problem, placement, costs.percent_of_microbatch(self.num_microbatches))
 
 
 def schedule_costs(
@@ -119,7 +119,7 @@ def schedule_costs(
     if family == "auto":
         default = "interleaved" if (virtual_stages or 1) > 1 else "linear"
         place = read_placement(placement or default, num_ranks, virtual_stages)
-        return _answer(_solved(question.problem(place), place, question), question)
+        return _answer(_solved(question.task(place), question), question)
     chosen = get_family(family)
     chunks = virtual_stages or 1
     place = placement_of_family(chosen, num_ranks, chunks)
@@ -130,8 +130,8 @@ def schedule_costs(
         raise LayoutError(
             f"family {chosen.name!r} has a placement of its own, {place.name}; leave out {placement!r}, or the family"
         )
-    problem = question.problem(place)
-    found = by_family(chosen, problem, place, bound_of_any_backward(problem))
+    task = question.task(place)
+    found = by_family(chosen, task, task.bound_of_any_backward())
     if found.overflow is not None:
         raise InfeasibleError(_why_not_fitting(found, question.memory))
     return _answer(found, question)
@@ -144,20 +144,20 @@ def choose_placement(question: Question) -> tuple[Ordered, tuple[PlacementRow, .
     Costs are of the ranks' pieces. InfeasibleError where a microbatch fits with none.
     """
     notes: dict[tuple[str, int], str] = {}
-    problems: dict[tuple[str, int], tuple[PipelineProblem, Placement]] = {}
+    tasks: dict[tuple[str, int], Task] = {}
     for name, chunks in AUTO_PLACEMENTS if question.num_ranks > 1 else AUTO_PLACEMENTS[:1]:
         place = named_placement(name, question.num_ranks, chunks)
         try:
-            problem = question.problem_of_pieces(place)
-            refuse_solver(question.limits, problem)
-            refuse_if_too_small(problem, question.memory)
+            task = question.task_of_pieces(place)
+            refuse_solver(question.limits, task)
+            refuse_if_too_small(task, question.memory)
         except LayoutError as error:
             if chunks == 1 and not isinstance(error, InfeasibleError):
                 raise
             notes[name, chunks] = str(error)
         else:
-            problems[name, chunks] = problem, place
-    if not problems:
+            tasks[name, chunks] = task
+    if not tasks:
         raise InfeasibleError(next(iter(notes.values())))
     limit_s = question.limits.time_limit_s
     found: dict[tuple[str, int], Ordered] = {}
@@ -165,9 +165,8 @@ def choose_placement(question: Question) -> tuple[Ordered, tuple[PlacementRow, .
 
     def spend(key: tuple[str, int], seconds: float) -> None:
         nonlocal interrupted
-        problem, place = problems[key]
         try:
-            better = by_solver(problem, place, _within(question.limits, seconds, f"{place.name} v{key[1]}"))
+            better = by_solver(tasks[key], _within(question.limits, seconds, f"{key[0]} v{key[1]}"))
         except KeyboardInterrupt:
             if not found:
                 raise
@@ -178,9 +177,9 @@ def choose_placement(question: Question) -> tuple[Ordered, tuple[PlacementRow, .
             found[key] = _combined(found.get(key), better)
 
     left_s = limit_s
-    for position, key in enumerate(problems):
+    for position, key in enumerate(tasks):
         if not interrupted:
-            share_s = (left_s - limit_s * (1 - _FIRST_PASS)) / (len(problems) - position)
+            share_s = (left_s - limit_s * (1 - _FIRST_PASS)) / (len(tasks) - position)
             spend(key, share_s)
             left_s -= found[key].seconds if key in found else share_s
     if not found:
@@ -196,12 +195,11 @@ def choose_placement(question: Question) -> tuple[Ordered, tuple[PlacementRow, .
             spend(key, left_s * share)
             left_s -= found[key].seconds - before_s
     best = min(found.values(), key=lambda one: one.objective_us)
-    rows = tuple(_row(key, found.get(key), notes.get(key, "")) for key in (*problems, *notes))
+    rows = tuple(_row(key, found.get(key), notes.get(key, "")) for key in (*tasks, *notes))
     rows = tuple(sorted(rows, key=lambda row: (row.objective_us is None, row.objective_us or 0)))
     bound = min((one.bound for one in found.values()), key=lambda known: known.value_us)
-    unknown = [key for key in problems if key not in found]
-    if unknown:
-        bound = min(bound, *(bound_of_any_backward(problems[key][0]) for key in unknown), key=lambda b: b.value_us)
+    for key in tasks.keys() - found.keys():
+        bound = min(bound, tasks[key].bound_of_any_backward(), key=lambda known: known.value_us)
     best = replace(
         best,
         seconds=sum(one.seconds for one in found.values()),
@@ -211,10 +209,10 @@ def choose_placement(question: Question) -> tuple[Ordered, tuple[PlacementRow, .
     return best, rows, bound
 
 
-def _solved(problem: PipelineProblem, place: Placement, question: Question) -> Ordered:
-    refuse_solver(question.limits, problem)
-    refuse_if_too_small(problem, question.memory)
-    found = by_solver(problem, place, question.limits)
+def _solved(task: Task, question: Question) -> Ordered:
+    refuse_solver(question.limits, task)
+    refuse_if_too_small(task, question.memory)
+    found = by_solver(task, question.limits)
     if found is None:
         raise InfeasibleError(_nothing_in_time(question.limits.time_limit_s))
     return found
@@ -265,7 +263,7 @@ def _row(key: tuple[str, int], one: Ordered | None, note: str) -> PlacementRow:
 
 
 def _why_not_fitting(found: Ordered, memory: MemoryLimits) -> str:
-    capacity = found.problem.capacity_bytes
+    capacity = found.task.problem.capacity_bytes
     if found.memory_over and capacity is not None:
         over = list(map(int.__sub__, found.peak_bytes, capacity))
         rank = over.index(max(over))
@@ -301,9 +299,9 @@ def _answer(found: Ordered, question: Question, comparison: tuple[PlacementRow, 
         objective=question.objective,
         num_ranks=question.num_ranks,
         num_microbatches=question.num_microbatches,
-        placement=found.placement.name,
-        virtual_stages=found.placement.virtual_stages,
-        rank_of_stage=found.placement.rank_of_stage,
+        placement=found.task.placement.name,
+        virtual_stages=found.task.placement.virtual_stages,
+        rank_of_stage=found.task.placement.rank_of_stage,
         span_us=found.span_us,
         makespan_us=found.makespan_us,
         bubble_rate_span=found.bubble_rate_span,
@@ -312,7 +310,7 @@ def _answer(found: Ordered, question: Question, comparison: tuple[PlacementRow, 
         lower_bound_kind=found.bound.kind,
         gap=found.gap,
         peak_memory=found.peak_bytes,
-        memory_capacity=found.problem.capacity_bytes,
+        memory_capacity=found.task.problem.capacity_bytes,
         solve_seconds=round(found.seconds, 3),
         seed=question.limits.seed,
         time_limit_s=question.limits.time_limit_s,

@@ -41,6 +41,7 @@ def pipewright(monkeypatch, capsys):
         (("--max-in-flight", "1"), {"gap": 0}),
         (("--recompute-us", "12", "--checkpoint-bytes", "1", "--family", "1f1b"), {"span_us": 12 + 4 * 48 + 24}),
         (("--p2p-us", "1"), {"num_microbatches": 4}),
+        (("--microbatch-scale", "1,2,1,0.5", "--family", "naive"), {"makespan_us": round(2 * 36 * 4.5)}),
     ],
 )
 def test_every_option_of_schedule_reaches_the_answer(pipewright, options, wanted):
@@ -125,6 +126,10 @@ def test_a_long_schedule_is_shown_in_part(pipewright, tmp_path):
         (("--recompute-us", "5"), 2, "recompute_us is given without checkpoint_bytes"),
         (("--checkpoint-bytes", "5"), 2, "checkpoint_bytes is given without recompute_us"),
         (("--recompute-us", "5", "--checkpoint-bytes", "900"), 2, "checkpoint_bytes of stage 0 is"),
+        (("--microbatch-scale", "1,2"), 2, "microbatch_scale has 2 entries; give one for each of the 4 microbatches"),
+        (("--microbatch-scale", "1,2,3,0"), 2, "microbatch_scale: 0.0 is no share; give a number from 0.01 to 1000"),
+        (("--microbatch-scale", "a,b,c,d"), 2, "--microbatch-scale 'a,b,c,d': give one number"),
+        (("--microbatch-scale", "1,1,2,2", "--solver", "cp-sat"), 2, "microbatch_scale goes with the solver auto"),
         (("--work-limit", "0"), 2, "work limit 0.0: give a finite amount above 0"),
         (("--time-limit", "nan"), 2, "--time-limit"),
         (("--time-limit", "inf"), 2, "time limit inf: give a finite number of seconds above 0"),

@@ -1,8 +1,12 @@
 """Choosing the placement and comparing families: small cases whose answers can be worked out, and what must hold."""
 
+import re
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule_cases import numbers_for
 
 import planner
 from planner.comparison import compare
@@ -161,3 +165,49 @@ def test_the_package_hands_out_what_the_commands_call():
     assert planner.schedule_costs is schedule_costs
     assert planner.PipelineCosts is PipelineCosts
     assert set(PLACEMENTS) == {name for name, _ in AUTO_PLACEMENTS}
+
+
+@pytest.mark.parametrize("name", [*(name for name in FAMILIES if name != "dualpipev"), "auto"])
+def test_microbatches_that_all_take_the_same_are_the_plain_problem(name):
+    costs = PipelineCosts(11, 12, 13, 2.0)
+    m, v = (4, 1) if name == "auto" else numbers_for(FAMILIES[name], 2, 4)
+    arguments = {"num_ranks": 2, "num_microbatches": m, "virtual_stages": v, "family": name, "time_limit_s": 2}
+    plain = schedule_costs(costs, **arguments)
+    same = schedule_costs(replace(costs, microbatch_scale=(1.0,) * m), **arguments)
+    for field in ("span_us", "makespan_us", "bubble_rate_span", "peak_memory"):
+        assert getattr(same, field) == getattr(plain, field)
+    if name != "auto":
+        assert same.schedule == plain.schedule
+
+
+def test_a_microbatch_of_twice_the_length_takes_twice_the_time_and_memory():
+    costs = PipelineCosts(10, 10, 10, activation_bytes=4, weight_activation_bytes=2, microbatch_scale=(1, 2, 0.5))
+    alone = schedule_costs(costs, num_ranks=1, num_microbatches=3, family="1f1b")
+    assert alone.span_us == 30 + 60 + 15
+    assert alone.peak_memory == (8,)
+    # one microbatch at a time through two ranks: each waits for the whole way of the one before
+    naive = schedule_costs(costs, num_ranks=2, num_microbatches=3, family="naive")
+    assert naive.makespan_us == 2 * (30 + 60 + 15)
+    found = compare(costs, num_ranks=2, num_microbatches=3, time_limit_s=2)
+    spans = {(row.family, row.virtual_stages): row.span_us for row in found.rows}
+    assert spans["naive", 1] == 2 * (30 + 60 + 15)
+    assert spans["1f1b", 1] > spans["zb-h1", 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"microbatch_scale": (1, 2)}, {}, "microbatch_scale has 2 entries; give one for each of the 3 microbatches"),
+        ({"microbatch_scale": (1, 2, 3)}, {"solver": "cp-sat"}, "microbatch_scale goes with the solver auto"),
+        ({"microbatch_scale": (1, 2, 3)}, {"work_limit": 5}, "microbatch_scale goes with the solver auto"),
+        (
+            {"microbatch_scale": (1, 2, 3)},
+            {"memory_limit": 2},
+            "rank 0 holds 6 with microbatch 2 alone, and the memory",
+        ),
+    ],
+)
+def test_microbatches_that_differ_have_their_own_refusals(changes, arguments, message):
+    costs = replace(PipelineCosts(10, 10, 10), **changes)
+    with pytest.raises(LayoutError, match=re.escape(message)):
+        schedule_costs(costs, num_ranks=2, num_microbatches=3, **arguments)

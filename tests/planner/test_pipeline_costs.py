@@ -105,6 +105,12 @@ def test_what_is_fused_or_limited_stays_so_in_every_chunk():
         ({"max_in_flight": 0}, "max_in_flight: 0 is out of range; give a whole number from 1"),
         ({"recompute_us": 5}, "recompute_us is given without checkpoint_bytes; a stage that recomputes needs both"),
         ({"checkpoint_bytes": 5}, "checkpoint_bytes is given without recompute_us"),
+        ({"microbatch_scale": (1, 0)}, "microbatch_scale: 0 is no share; give a number from 0.01 to 1000"),
+        ({"microbatch_scale": (float("nan"),)}, "microbatch_scale: nan is no share"),
+        (
+            {"microbatch_scale": (1,), "recompute_us": 5, "checkpoint_bytes": 1},
+            "microbatch_scale and recompute_us do not go together",
+        ),
     ],
 )
 def test_numbers_that_are_no_costs_are_refused(changes, message):

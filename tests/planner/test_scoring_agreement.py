@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_cases import numbers_for
 
-from planner.ordering import bound_of_any_backward, by_family
+from planner.ordering import Task, by_family
 from planner.pipeline_costs import PipelineCosts
 from planner.placements import placement_of_family
 from planner.plans import StageCosts
@@ -103,7 +103,8 @@ def test_both_scorings_agree_where_stages_are_fused_or_limited_or_recompute(name
         capacity_bytes=[data.draw(st.integers(1, 99)) for _ in range(p)],
         fixed_bytes=[data.draw(st.integers(0, 9)) for _ in range(p)],
     )
-    found = by_family(family, problem, place, Bound(0, ""), splits=True)
+    task = Task(problem, place)
+    found = by_family(family, task, Bound(0, ""), splits=True)
     score = problem.evaluate(order_of(found.schedule))
     assert (found.span_us, found.makespan_us) == (score.span_us, score.makespan_us)
     assert (found.bubble_rate_span, found.bubble_rate_makespan) == pytest.approx(
@@ -112,6 +113,6 @@ def test_both_scorings_agree_where_stages_are_fused_or_limited_or_recompute(name
     assert found.peak_bytes == score.peak_bytes
     assert (found.overflow is None) == score.fits
     check(found.schedule, num_stages=p * v, num_microbatches=m, rank_of_stage=place.rank_of_stage)
-    fused = by_family(family, problem, place, Bound(0, ""))
-    bound = bound_of_any_backward(problem)
+    fused = by_family(family, task, Bound(0, ""))
+    bound = task.bound_of_any_backward()
     assert fused.overflow is not None or bound.value_us <= fused.objective_us
