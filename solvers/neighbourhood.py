@@ -53,9 +53,9 @@ _Row = npt.NDArray[np.int64]  # one entry per column: a longest path, in µs
 _NEVER = -(1 << 60)  # no path; adding durations to it never makes it a real time
 _NEVER_LIMIT = -(1 << 59)
 _EXACT_CELLS = 400_000  # ops × ranks up to which every rank has its own column
-_STEP_WORK = 0.2  # deterministic time of CP-SAT per step
+_STEP_WORK = 0.1  # deterministic time of CP-SAT per step
 _BASE_WORK = 0.002  # what a step costs besides
-_MIN_FREE, _MAX_FREE = 24, 400  # free ops of a window
+_MIN_FREE, _MAX_FREE = 24, 1000  # free ops of a window
 _FIRST_FREE = 90
 _FLOOR = 0.02  # the costs of ranks count down to this share below the incumbent
 _RELEASE_EVERY = 20  # improvements between two adjustments of the ranks' starts, on large problems
@@ -769,6 +769,7 @@ class _Search:
         solver.parameters.linearization_level = 0
         solver.parameters.cp_model_probing_level = 0
         solver.parameters.symmetry_level = 0
+        solver.parameters.binary_search_num_conflicts = 20
         status = solver.solve(model.model)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE, cp_model.INFEASIBLE, cp_model.UNKNOWN):
             raise SolverError(f"CP-SAT calls a window {solver.status_name(status)}: {model.model.validate()}")
