@@ -28,10 +28,14 @@ from itertools import combinations, pairwise
 from math import ceil
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from ortools.sat.python import cp_model
 
 from solvers.pipeline import PipelineProblem, SolverError, Status
 from solvers.searched_ops import Key, duration_us, time_unit_us
+
+Ints = npt.NDArray[np.int64]
 
 _POLL_S = 0.05
 
@@ -135,6 +139,59 @@ class SteadyState:
         one = [self.length[key] for key in self.keys if key[2] == 0]
         return sum(one) + 2 * sum(self.ticks(us) for us in self.problem.transfer_us)
 
+    def fits(self, pattern: Pattern) -> bool:
+        """Whether no rank holds more than it has room for."""
+        room = self.problem.room_bytes
+        return room is None or all(map(int.__le__, self.peak_bytes(pattern), room))
+
+    def peak_bytes(self, pattern: Pattern) -> list[int]:
+        """The most every rank holds beside what is fixed, shape (p,); see the module's docstring."""
+        peaks = []
+        for keys in self.ops_of_rank:
+            begin = pattern.starts[keys[0]]
+            ops = sorted((*divmod(pattern.starts[key] - begin, pattern.period)[::-1], key) for key in keys)
+            held = sum((self.give[key] - self.take[key]) * laps for _, laps, key in ops)
+            peak = 0
+            for _, _, key in ops:
+                peak = max(peak, held + self.take[key])
+                held += self.take[key] - self.give[key]
+            peaks.append(peak)
+        return peaks
+
+    def shortened(self, pattern: Pattern) -> Pattern:
+        """The pattern of least period with the same order and laps on every rank, hence the same memory.
+
+        Longest paths under the arcs and the ranks' orders; a period is too short iff some circle is positive.
+        """
+        arcs = list(self.arcs)
+        for keys in self.ops_of_rank:
+            begin = pattern.starts[keys[0]]
+            laps = {key: (pattern.starts[key] - begin) // pattern.period for key in keys}
+            ops = sorted(keys, key=lambda key: (pattern.starts[key] - begin) % pattern.period)
+            for one, other in pairwise(ops):
+                arcs.append(Arc(one, other, self.length[one], laps[one] - laps[other]))
+            arcs.append(Arc(ops[-1], ops[0], self.length[ops[-1]], laps[ops[-1]] - laps[ops[0]] + 1))
+        number = {key: index for index, key in enumerate(self.keys)}
+        paths = _Paths(
+            len(number),
+            np.array([number[arc.before] for arc in arcs]),
+            np.array([number[arc.after] for arc in arcs]),
+            np.array([arc.distance for arc in arcs]),
+            np.array([arc.laps for arc in arcs]),
+        )
+        low, high = self.work - 1, pattern.period
+        starts = paths.longest(high)
+        if starts is None:
+            raise SolverError("a pattern does not fit its own period")
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = paths.longest(middle)
+            if found is None:
+                low = middle
+            else:
+                high, starts = middle, found
+        return Pattern(self.k, high, self.tick_us, {key: int(starts[index]) for key, index in number.items()})
+
     def _arcs(self) -> Iterator[Arc]:
         problem, k, length = self.problem, self.k, self.length
         last = problem.num_stages - 1
@@ -159,6 +216,28 @@ class SteadyState:
                 for kind in kinds:
                     if k > 1:
                         yield Arc((kind, s, i), (kind, s, (i + 1) % k), length[kind, s, i], int(i + 1 == k))
+
+
+class _Paths:
+    """Arcs between numbered nodes, as arrays."""
+
+    def __init__(self, num_nodes: int, before: Ints, after: Ints, distance: Ints, laps: Ints) -> None:
+        by_after = np.argsort(after, kind="stable")
+        self._before, self._distance, self._laps = before[by_after], distance[by_after], laps[by_after]
+        self._reached, self._first = np.unique(after[by_after], return_index=True)
+        self._num_nodes = num_nodes
+
+    def longest(self, period: int) -> Ints | None:
+        """Earliest starts, all from 0 on, if the period is long enough; else None."""
+        length = self._distance - self._laps * period
+        starts = np.zeros(self._num_nodes, dtype=np.int64)
+        for _ in range(self._num_nodes + 1):
+            arrival = np.maximum.reduceat(starts[self._before] + length, self._first)
+            late = arrival > starts[self._reached]
+            if not late.any():
+                return starts
+            np.maximum.at(starts, self._reached[late], arrival[late])
+        return None
 
 
 def _kinds(problem: PipelineProblem, stage: int) -> tuple[str, ...]:

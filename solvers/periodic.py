@@ -18,9 +18,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import ceil
 
 from solvers.backend import Event, OnProgress, infeasible
 from solvers.bounds import Bound, best_bound
+from solvers.layouts import LayoutPaths, can_list_layouts
 from solvers.list_scheduling import quick_order
 from solvers.modulo import Budget, OutOfBudgetError, Pattern, SteadyState, find_pattern, least_period, taken_and_given
 from solvers.pipeline import Order, PipelineProblem, PipelineSolution, Status
@@ -31,6 +33,11 @@ _FAR = 1 << 60
 _LOOK_AHEAD = 64  # ops of its order that a rank with a gap considers
 _SLACKS = (0.0, 0.5)  # by how much of itself an op that fills a gap may overrun it
 _MAX_ROUNDS = 8  # forward-backward rounds per slack
+_TRY_WORK = 1.0  # deterministic units CP-SAT may use on one period
+_LAYOUT_WORK = 0.1  # what a search among the layouts of one period counts as
+_NEAR_ROUNDS = 6
+_MAX_STRETCH = 3.0  # periods so much longer than the lower bound are left to CP-SAT
+_NUM_SEEDS = 4
 
 Sequences = list[list[int]]  # nodes per rank, in the order it runs them
 
@@ -272,6 +279,8 @@ class _Search:
         self.best_us = problem.evaluate(self.best_order).objective_us
         self.best_pattern: Pattern | None = None
         self.num_patterns = 0
+        self.shortest: Pattern | None = None  # the least period per microbatch
+        self._seen = set[int]()  # hashes of the orders that patterns gave
         self.net = Unrolled(problem)
 
     @property
@@ -287,14 +296,20 @@ class _Search:
             for k in self.ks:
                 if k > self.problem.num_microbatches:
                     break
-                for pattern in patterns(SteadyState(self.problem, k), self.budget, seed):
+                for pattern in patterns(SteadyState(self.problem, k), self.budget, seed, self.shortest):
                     self.num_patterns += 1
+                    if self.shortest is None or pattern.period_us < self.shortest.period_us:
+                        self.shortest = pattern
                     self._unroll(pattern)
         except OutOfBudgetError:
             pass
 
     def _unroll(self, pattern: Pattern) -> None:
         start = self.net.sequences(pattern)
+        fingerprint = hash(tuple(map(tuple, start)))
+        if fingerprint in self._seen:
+            return
+        self._seen.add(fingerprint)
         self._attempt(start, pattern)
         for slack in _SLACKS:
             sequences, last_us = start, _FAR
@@ -322,31 +337,107 @@ class _Search:
         return cost_us
 
 
-_TRY_WORK = 1.0
-_NUM_SEEDS = 4
+def patterns(state: SteadyState, budget: Budget, seed: int, known: Pattern | None) -> Iterator[Pattern]:
+    """Patterns of one k: first by layouts, then by CP-SAT. `known`, of fewer k: only better periods are searched."""
+    lower = least_period(state)
+    upper = None if known is None else ceil(known.period_us / state.tick_us * state.k)
+    best: Pattern | None = None
+    for pattern in _by_layouts(state, budget, lower, upper, known):
+        if best is None or pattern.period < best.period:
+            best = pattern
+        yield pattern
+    if best is not None:
+        upper = best.period if upper is None else min(upper, best.period)
+    for pattern in _by_cp_sat(state, budget, lower, upper, best, seed):
+        yield state.shortened(pattern)
 
 
-def patterns(state: SteadyState, budget: Budget, seed: int) -> Iterator[Pattern]:
-    """Patterns, ever shorter periods first, then others of the shortest period and of slightly longer ones."""
-    low = least_period(state)
-    best = find_pattern(state, low, budget, work_limit=_TRY_WORK, seed=seed)[0]
-    if best is None:
-        high, step = low, max(1, low // 50)
+def _by_layouts(
+    state: SteadyState, budget: Budget, lower: int, upper: int | None, known: Pattern | None
+) -> Iterator[Pattern]:
+    """The shortest period found by trying longer and longer ones, then bisecting; and others on the way."""
+    shares = _shares(state.problem)
+
+    def attempt(period: int) -> list[Pattern]:
+        paths = []
+        if can_list_layouts(state):
+            paths.append(LayoutPaths.of_all(state, period))
+        elif known is None:
+            paths.append(LayoutPaths.plain(state, period))
+        if known is not None:
+            paths.append(LayoutPaths.like(state, known, period))
+        found = []
+        for path in paths:
+            for share in shares:
+                budget.check()
+                budget.spend(_LAYOUT_WORK)
+                pattern = path.cheapest(share)
+                for _ in range(_NEAR_ROUNDS):
+                    if state.fits(pattern):
+                        found.append(state.shortened(pattern))
+                        break
+                    nearby = LayoutPaths.near(state, pattern).cheapest(share)
+                    if nearby.starts == pattern.starts:
+                        break
+                    pattern = nearby
+        return found
+
+    short, stretch, best = lower - 1, 0.0, upper
+    while True:
+        period = ceil(lower * (1 + stretch))
+        if stretch > _MAX_STRETCH or (upper is not None and period >= upper):
+            break
+        found = attempt(period)
+        yield from found
+        if found:
+            best = min(pattern.period for pattern in found)
+            break
+        short, stretch = period, stretch * 1.3 + 0.01
+    while best is not None and best - short > max(1, lower // 500):
+        middle = (short + best) // 2
+        found = attempt(middle)
+        yield from found
+        if found:
+            best = min(best, *(pattern.period for pattern in found))
+        else:
+            short = middle
+
+
+def _shares(problem: PipelineProblem) -> list[tuple[float, ...]]:
+    """Prices of memory on every rank: on the two ends of the ranks, in several proportions, and on all."""
+    last = problem.num_ranks - 1
+    shares = [(1.0,) * problem.num_ranks]
+    for front in (0.5, 0.3):
+        if last:
+            shares.append(tuple(front if r == 0 else 1 - front if r == last else 0.0 for r in range(last + 1)))
+    return shares
+
+
+def _by_cp_sat(
+    state: SteadyState, budget: Budget, lower: int, upper: int | None, best: Pattern | None, seed: int
+) -> Iterator[Pattern]:
+    """Ever shorter periods below `upper`, then other patterns of the shortest period and of slightly longer ones."""
+    high, low = upper, lower - 1
+    if high is None:
+        period, step = lower, max(1, lower // 50)
         while best is None:
-            low, high = high, high + step
-            step *= 2
-            best = find_pattern(state, high, budget, work_limit=_TRY_WORK, seed=seed)[0]
+            best = find_pattern(state, period, budget, work_limit=_TRY_WORK, seed=seed)[0]
+            if best is None:
+                low, period, step = period, period + step, 2 * step
+                if period > 4 * state.latency * state.k:
+                    return
         yield best
-        while best.period - low > max(1, low // 500):
-            middle = (low + best.period) // 2
-            found = find_pattern(state, middle, budget, work_limit=_TRY_WORK, seed=seed, hint=best)[0]
-            if found is None:
-                low = middle
-            else:
-                best = found
-                yield best
-    else:
-        yield best
+        high = best.period
+    while high - low > max(1, lower // 500):
+        middle = lower if low < lower else (low + high) // 2
+        found = find_pattern(state, middle, budget, work_limit=_TRY_WORK, seed=seed, hint=best)[0]
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+            yield best
+    if best is None:
+        return
     for index in range(1, 1 + _NUM_SEEDS):
         for stretch in (0, 10, 30):
             period = best.period + best.period * stretch // 1000

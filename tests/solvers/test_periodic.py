@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -51,7 +52,7 @@ def faults(problem, pattern, num_groups=12):
             end[op] = start[op] + length
     for rank in range(problem.num_ranks):
         ops = sorted((op for op in start if problem.rank_of_stage[op[1]] == rank), key=start.get)
-        for one, other in zip(ops, ops[1:], strict=False):
+        for one, other in pairwise(ops):
             if end[one] > start[other]:
                 found.append(f"{one} overlaps {other}")
         changes = []
@@ -201,7 +202,7 @@ def test_tightening_keeps_drawn_orders_valid_and_fitting(problem):
 @pytest.mark.parametrize(
     ("num_ranks", "chunks"),
     [(4, 6), (8, 10), (5, 6), (4, 4), (8, 8), (4, 8), (8, 16)],
-    ids="half-4 half-8 half-5 min-4 min-8 zbv-4 zbv-8".split(),
+    ids=["half-4", "half-8", "half-5", "min-4", "min-8", "zbv-4", "zbv-8"],
 )
 def test_v_patterns_without_bubble_are_found_at_their_memory(num_ranks, chunks):
     """V-Half holds floor(p/2) + 1 and V-Min floor((p + 4)/3) microbatches of two chunks (arXiv 2405.15362); ZB-V p."""
