@@ -7,6 +7,8 @@ from rich.console import RenderableType
 from planner.report.text import SHOWN_RANKS, facts, grid, render, schedule_excerpt
 from planner.schedule.answer import Comparison, FamilyRow, PlacementRow, ScheduleAnswer
 
+_WIDTH = 140  # of the tables; a schedule's excerpt is narrower
+
 
 def render_schedule(answer: ScheduleAnswer) -> str:
     """What `pipewright schedule` prints for people."""
@@ -30,7 +32,7 @@ def render_schedule(answer: ScheduleAnswer) -> str:
     parts.append(
         schedule_excerpt(answer.schedule, title="Schedule", rest="the whole schedule: --json, or -o FILE for a file")
     )
-    return render(*parts)
+    return render(*parts, width=_WIDTH)
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -83,31 +85,29 @@ def render_comparison(comparison: Comparison) -> str:
     ]
     if comparison.refused:
         parts.append(grid("No schedule", ("family", "why"), list(comparison.refused.items()), left=("family", "why")))
-    return render(*parts, width=140)
+    return render(*parts, width=_WIDTH)
 
 
 def _placements(rows: Sequence[PlacementRow], objective: str) -> RenderableType:
-    table = [
-        [
-            row.placement,
-            str(row.virtual_stages),
-            *(
-                (row.note, "", "", "", "", "")
-                if row.objective_us is None
-                else (
-                    str(row.objective_us),
-                    f"{row.bubble_rate_span:.4f}",
-                    f"{row.bubble_rate_makespan:.4f}",
-                    str(row.lower_bound_us),
-                    f"{row.gap:.2%}",
-                    str(row.peak_memory),
-                )
-            ),
-        ]
-        for row in rows
-    ]
-    columns = ("placement", "v", f"{objective} µs", "bubble span", "makespan", "bound µs", "gap", "peak memory")
-    return grid("Placements", columns, table, left=("placement",))
+    columns = ["placement", "v", f"{objective} µs", "bubble span", "makespan", "bound µs", "gap", "peak memory"]
+    table = []
+    for row in rows:
+        cells = [""] * 6
+        if row.objective_us is not None:
+            cells = [
+                str(row.objective_us),
+                f"{row.bubble_rate_span:.4f}",
+                f"{row.bubble_rate_makespan:.4f}",
+                str(row.lower_bound_us),
+                f"{row.gap:.2%}",
+                str(row.peak_memory),
+            ]
+        table.append([row.placement, str(row.virtual_stages), *cells, row.note])
+    if any(row.note for row in rows):
+        columns.append("note")
+    else:
+        table = [cells[:-1] for cells in table]
+    return grid("Placements", columns, table, left=("placement", "note"))
 
 
 def _fit(row: FamilyRow, unit: int) -> str:
