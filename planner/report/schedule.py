@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 
 from planner.report.text import SHOWN_RANKS, facts, grid, render, schedule_excerpt
 from planner.schedule.answer import Comparison, FamilyRow, PlacementRow, ScheduleAnswer
@@ -89,25 +89,23 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _placements(rows: Sequence[PlacementRow], objective: str) -> RenderableType:
-    columns = ["placement", "v", f"{objective} µs", "bubble span", "makespan", "bound µs", "gap", "peak memory"]
-    table = []
-    for row in rows:
-        cells = [""] * 6
-        if row.objective_us is not None:
-            cells = [
-                str(row.objective_us),
-                f"{row.bubble_rate_span:.4f}",
-                f"{row.bubble_rate_makespan:.4f}",
-                str(row.lower_bound_us),
-                f"{row.gap:.2%}",
-                str(row.peak_memory),
-            ]
-        table.append([row.placement, str(row.virtual_stages), *cells, row.note])
-    if any(row.note for row in rows):
-        columns.append("note")
-    else:
-        table = [cells[:-1] for cells in table]
-    return grid("Placements", columns, table, left=("placement", "note"))
+    columns = ("placement", "v", f"{objective} µs", "bubble span", "makespan", "bound µs", "gap", "peak memory")
+    table = [
+        [
+            row.placement,
+            str(row.virtual_stages),
+            str(row.objective_us),
+            f"{row.bubble_rate_span:.4f}",
+            f"{row.bubble_rate_makespan:.4f}",
+            str(row.lower_bound_us),
+            f"{row.gap:.2%}",
+            str(row.peak_memory),
+        ]
+        for row in rows
+        if row.objective_us is not None
+    ]
+    others = facts((f"{row.placement} v{row.virtual_stages}", row.note) for row in rows if row.objective_us is None)
+    return Group(grid("Placements", columns, table, left=("placement",)), others)
 
 
 def _fit(row: FamilyRow, unit: int) -> str:

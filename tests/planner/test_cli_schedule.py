@@ -62,6 +62,9 @@ def test_the_placement_can_be_chosen(pipewright):
     code, out, _ = pipewright("schedule", *COSTS, "--placement", "auto", "--memory-limit", "2")
     assert "Placements" in out
     assert "of all placements below" in out
+    short = (*COSTS[:4], "--forward-us", "2", "--backward-us", "2", "--weight-us", "2", "--placement", "auto")
+    code, out, _ = pipewright("schedule", *short)
+    assert "interleaved v3  forward_us 2 is too little to be cut into 3 stages" in out
 
 
 def test_compare_shows_every_family(pipewright):
