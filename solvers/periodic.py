@@ -16,7 +16,7 @@ forward-backward improvement (Li and Willis, 1992; Tormos and Lova, 2001) for pi
 import heapq
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil
 
@@ -30,9 +30,8 @@ from solvers.searched_ops import Key, duration_us, order_by, precedences, search
 from solvers.timing import NO_NODE, TimingGraph
 
 _FAR = 1 << 60
-_LOOK_AHEAD = 64  # ops of its order that a rank with a gap considers
-_SLACKS = (0.0, 0.5)  # by how much of itself an op that fills a gap may overrun it
-_MAX_ROUNDS = 8  # forward-backward rounds per slack
+_LOOSE = ((0.5, 1.0), (0.0, 0.0), (0.25, 0.5), (0.75, 1.0))  # shares of the free memory, see `loosened`
+_PASSES = ((0.0, True), (0.0, False), (0.5, True))  # slack: by how much of itself an op may overrun its gap; which way
 _TRY_WORK = 1.0  # deterministic units CP-SAT may use on one period
 _LAYOUT_WORK = 0.1  # what a search among the layouts of one period counts as
 _NEAR_ROUNDS = 6
@@ -40,6 +39,43 @@ _MAX_STRETCH = 3.0  # periods so much longer than the lower bound are left to CP
 _NUM_SEEDS = 4
 
 Sequences = list[list[int]]  # nodes per rank, in the order it runs them
+
+
+def loosened(problem: PipelineProblem, pattern: Pattern, forward_share: float, weight_share: float) -> Pattern:
+    """The pattern with F started whole periods earlier and W later, as far as shares of the free memory allow.
+
+    That costs no time in the steady state, and gives the two ends more to do: F before the first backward, W
+    after the last. Source of the idea: ZB-H2 beside ZB-H1 (Qi et al., arXiv 2401.10241).
+    """
+    state = SteadyState(problem, pattern.num_microbatches)
+    room = problem.room_bytes
+    if room is None or not (forward_share or weight_share):
+        return pattern
+    # one period more in flight holds the bytes of k microbatches
+    free = [
+        (there - held) // pattern.num_microbatches for there, held in zip(room, state.peak_bytes(pattern), strict=True)
+    ]
+    starts = dict(pattern.starts)
+    ahead = [0] * problem.num_stages
+    most = problem.num_microbatches
+    for s in range(problem.num_stages):
+        rank = problem.rank_of_stage[s]
+        size = problem.taken_by_forward_bytes[s] * len(problem.stages_of_rank[rank])
+        in_flight = (starts["B", s, 0] + 1 - starts["F", s, 0]) // pattern.period + 1
+        most = min(most, problem.in_flight_limit[s] // pattern.num_microbatches - in_flight)
+        if size:
+            most = min(most, int(free[rank] * forward_share) // size)
+        ahead[s] = most = max(0, most)
+    for rank, stages in enumerate(problem.stages_of_rank):
+        left = free[rank] - sum(ahead[s] * problem.taken_by_forward_bytes[s] for s in stages)
+        for s in stages:
+            size = problem.kept_bytes[s] * len(stages)
+            behind = min(problem.num_microbatches, int(left * weight_share) // size) if size else 0
+            for i in range(pattern.num_microbatches):
+                starts["F", s, i] -= ahead[s] * pattern.period
+                if problem.has_weight_op[s]:
+                    starts["W", s, i] += behind * pattern.period
+    return replace(pattern, starts=starts)
 
 
 class Unrolled:
@@ -136,6 +172,13 @@ class Unrolled:
         done = bytearray(len(length))
         num_ranks = len(sequences)
         head, busy_until, held = [0] * num_ranks, [0] * num_ranks, [0] * num_ranks
+        place = [0] * len(length)
+        of_class: list[dict[int, list[int]]] = [{} for _ in range(num_ranks)]
+        for rank, nodes in enumerate(sequences):
+            for index, node in enumerate(nodes):
+                place[node] = index
+                of_class[rank].setdefault(class_of[node], []).append(node)
+        next_of_class = [dict.fromkeys(lists, 0) for lists in of_class]
         result: Sequences = [[] for _ in range(num_ranks)]
         wakes = [(0, rank) for rank in range(num_ranks)]
         push, pop = heapq.heappush, heapq.heappop
@@ -153,25 +196,34 @@ class Unrolled:
             chosen = nodes[position]
             if missing[chosen] or arrival[chosen] > now:
                 until = _FAR if missing[chosen] else arrival[chosen]
-                chosen = -1
-                seen = set()
-                level = peak = held[rank]
-                for node in nodes[position : position + _LOOK_AHEAD]:
-                    if done[node]:
-                        continue
-                    if class_of[node] not in seen:
-                        seen.add(class_of[node])
+                ready = []
+                for name, index in next_of_class[rank].items():
+                    if index < len(of_class[rank][name]):
+                        node = of_class[rank][name][index]
                         if not missing[node] and arrival[node] <= now and now + length[node] * (1 - slack) <= until:
-                            net = take[node] - give[node]
-                            if held[rank] + take[node] <= room[rank] and (net <= 0 or peak + net <= room[rank]):
-                                chosen = node
-                                break
-                    peak = max(peak, level + take[node])
-                    level += take[node] - give[node]
+                            ready.append((place[node], node))
+                ready.sort()
+                chosen = -1
+                peak = level = held[rank]
+                for index, node in ready:
+                    net = take[node] - give[node]
+                    if held[rank] + take[node] > room[rank]:
+                        continue
+                    if net > 0:  # it is held while all that was in front of it runs
+                        for passed in nodes[position:index]:
+                            if not done[passed]:
+                                peak = max(peak, level + take[passed])
+                                level += take[passed] - give[passed]
+                        position = index
+                        if peak + net > room[rank]:
+                            continue
+                    chosen = node
+                    break
                 if chosen < 0:
                     continue  # what the next op waits for wakes the rank
             done[chosen] = 1
             left -= 1
+            next_of_class[rank][class_of[chosen]] += 1
             result[rank].append(chosen)
             held[rank] += take[chosen] - give[chosen]
             end = busy_until[rank] = now + length[chosen]
@@ -305,22 +357,25 @@ class _Search:
             pass
 
     def _unroll(self, pattern: Pattern) -> None:
-        start = self.net.sequences(pattern)
-        fingerprint = hash(tuple(map(tuple, start)))
-        if fingerprint in self._seen:
-            return
-        self._seen.add(fingerprint)
-        self._attempt(start, pattern)
-        for slack in _SLACKS:
-            sequences, last_us = start, _FAR
-            for _ in range(_MAX_ROUNDS):
-                sequences = self.net.filled_backwards(sequences, slack)
-                self._attempt(sequences, pattern)
-                sequences = self.net.filled(sequences, slack)
-                cost_us = self._attempt(sequences, pattern)
-                if cost_us >= last_us:
-                    break
-                last_us = cost_us
+        for forward_share, weight_share in _LOOSE:
+            start = self.net.sequences(loosened(self.problem, pattern, forward_share, weight_share))
+            fingerprint = hash(tuple(map(tuple, start)))
+            if fingerprint in self._seen:
+                continue
+            self._seen.add(fingerprint)
+            self._attempt(start, pattern)
+            for slack, backwards_first in _PASSES:
+                self._improve(start, pattern, slack, backwards_first)
+
+    def _improve(self, sequences: Sequences, pattern: Pattern, slack: float, backwards: bool) -> None:
+        """Fill in both directions in turn until that does not help any more."""
+        least_us, since = _FAR, 0
+        while since < 2:
+            sequences = (self.net.filled_backwards if backwards else self.net.filled)(sequences, slack)
+            backwards = not backwards
+            cost_us = self._attempt(sequences, pattern)
+            since = 0 if cost_us < least_us else since + 1
+            least_us = min(cost_us, least_us)
 
     def _attempt(self, sequences: Sequences, pattern: Pattern) -> int:
         """Cost of an order; kept if it is the best so far. OutOfBudgetError after the last that may be tried."""
