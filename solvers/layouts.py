@@ -55,6 +55,15 @@ class LayoutPaths:
             elif abs(one - other) == 1:
                 self._across[min(one, other)].append(arc)
 
+    @property
+    def work(self) -> float:
+        """What a search costs, in units of about a second: pairs of layouts, counted."""
+        cells = {
+            name: len(x) * len(y)
+            for name, x, y in zip(pairwise(self._kind), self._layouts, self._layouts[1:], strict=False)
+        }
+        return 0.002 + 5e-7 * sum(cells.values())
+
     @classmethod
     def of_all(cls, state: SteadyState, period: int) -> "LayoutPaths":
         """All orders of every rank, with its idle time spread in as many ways as is quick; see `can_list_layouts`."""

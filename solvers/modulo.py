@@ -85,6 +85,16 @@ class Pattern:
         """Time per microbatch."""
         return self.period * self.tick_us / self.num_microbatches
 
+    def repeated(self, num_microbatches: int) -> "Pattern":
+        """The same steady state as a pattern of a multiple of its microbatches."""
+        times = num_microbatches // self.num_microbatches
+        keys = [
+            (kind, s, i)
+            for kind, s, first in self.starts
+            for i in range(first, num_microbatches, self.num_microbatches)
+        ]
+        return Pattern(num_microbatches, self.period * times, self.tick_us, {key: self.start(key) for key in keys})
+
     def start(self, key: Key) -> int:
         """When the op of any microbatch starts, in ticks."""
         kind, stage, microbatch = key

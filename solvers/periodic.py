@@ -33,7 +33,7 @@ _FAR = 1 << 60
 _LOOSE = ((0.5, 1.0), (0.0, 0.0), (0.25, 0.5), (0.75, 1.0))  # shares of the free memory, see `loosened`
 _PASSES = ((0.0, True), (0.0, False), (0.5, True))  # slack: by how much of itself an op may overrun its gap; which way
 _TRY_WORK = 1.0  # deterministic units CP-SAT may use on one period
-_LAYOUT_WORK = 0.1  # what a search among the layouts of one period counts as
+_MAX_CP_SAT_OPS = 150  # in a period; above, CP-SAT finds no better patterns than the layouts do
 _NEAR_ROUNDS = 6
 _MAX_STRETCH = 3.0  # periods so much longer than the lower bound are left to CP-SAT
 _NUM_SEEDS = 4
@@ -254,7 +254,7 @@ class PeriodicSchedule:
     is_exact = False
 
     def __init__(
-        self, work_limit: float | None = 10.0, max_ops: int | None = 3_000_000, ks: Sequence[int] = (1, 2)
+        self, work_limit: float | None = 10.0, max_ops: int | None = 3_000_000, ks: Sequence[int] = (1, 2, 3)
     ) -> None:
         self.work_limit = work_limit
         self.max_ops = max_ops
@@ -345,18 +345,29 @@ class _Search:
     def run(self, seed: int) -> None:
         """Patterns for all k, each unrolled and tightened, until the bound is met or nothing is left."""
         try:
+            shortest = dict[int, Pattern]()
             for k in self.ks:
                 if k > self.problem.num_microbatches:
                     break
-                for pattern in patterns(SteadyState(self.problem, k), self.budget, seed, self.shortest):
-                    self.num_patterns += 1
-                    if self.shortest is None or pattern.period_us < self.shortest.period_us:
-                        self.shortest = pattern
+                if self.shortest is not None and is_as_short_as_can_be(self.problem, self.shortest):
+                    break
+                for pattern in shortest_patterns(SteadyState(self.problem, k), self.budget, seed, self.shortest):
                     self._unroll(pattern)
+                    if k not in shortest or pattern.period < shortest[k].period:
+                        shortest[k] = pattern
+            for k, pattern in shortest.items():
+                state = SteadyState(self.problem, k)
+                near_best = self.shortest is not None and pattern.period_us * 100 <= self.shortest.period_us * 103
+                if near_best and len(state.keys) <= _MAX_CP_SAT_OPS:
+                    for other in other_patterns(state, self.budget, seed, pattern.period):
+                        self._unroll(other)
         except OutOfBudgetError:
             pass
 
     def _unroll(self, pattern: Pattern) -> None:
+        self.num_patterns += 1
+        if self.shortest is None or pattern.period_us < self.shortest.period_us:
+            self.shortest = pattern
         for forward_share, weight_share in _LOOSE:
             start = self.net.sequences(loosened(self.problem, pattern, forward_share, weight_share))
             fingerprint = hash(tuple(map(tuple, start)))
@@ -392,19 +403,18 @@ class _Search:
         return cost_us
 
 
-def patterns(state: SteadyState, budget: Budget, seed: int, known: Pattern | None) -> Iterator[Pattern]:
-    """Patterns of one k: first by layouts, then by CP-SAT. `known`, of fewer k: only better periods are searched."""
+def shortest_patterns(state: SteadyState, budget: Budget, seed: int, known: Pattern | None) -> Iterator[Pattern]:
+    """Ever shorter patterns of one k, by layouts, then by CP-SAT. `known`: only shorter ones than this."""
     lower = least_period(state)
     upper = None if known is None else ceil(known.period_us / state.tick_us * state.k)
-    best: Pattern | None = None
+    best = known.repeated(state.k) if known is not None and state.k % known.num_microbatches == 0 else None
     for pattern in _by_layouts(state, budget, lower, upper, known):
-        if best is None or pattern.period < best.period:
-            best = pattern
+        if upper is None or pattern.period < upper:
+            best, upper = pattern, pattern.period
         yield pattern
-    if best is not None:
-        upper = best.period if upper is None else min(upper, best.period)
-    for pattern in _by_cp_sat(state, budget, lower, upper, best, seed):
-        yield state.shortened(pattern)
+    if len(state.keys) <= _MAX_CP_SAT_OPS or best is None:
+        for pattern in _by_cp_sat(state, budget, lower, upper, best, seed):
+            yield state.shortened(pattern)
 
 
 def _by_layouts(
@@ -425,13 +435,15 @@ def _by_layouts(
         for path in paths:
             for share in shares:
                 budget.check()
-                budget.spend(_LAYOUT_WORK)
+                budget.spend(path.work)
                 pattern = path.cheapest(share)
                 for _ in range(_NEAR_ROUNDS):
                     if state.fits(pattern):
                         found.append(state.shortened(pattern))
                         break
-                    nearby = LayoutPaths.near(state, pattern).cheapest(share)
+                    near = LayoutPaths.near(state, pattern)
+                    budget.spend(near.work)
+                    nearby = near.cheapest(share)
                     if nearby.starts == pattern.starts:
                         break
                     pattern = nearby
@@ -447,7 +459,7 @@ def _by_layouts(
         if found:
             best = min(pattern.period for pattern in found)
             break
-        short, stretch = period, stretch * 1.3 + 0.01
+        short, stretch = period, stretch * 1.6 + 0.01
     while best is not None and best - short > max(1, lower // 500):
         middle = (short + best) // 2
         found = attempt(middle)
@@ -471,7 +483,8 @@ def _shares(problem: PipelineProblem) -> list[tuple[float, ...]]:
 def _by_cp_sat(
     state: SteadyState, budget: Budget, lower: int, upper: int | None, best: Pattern | None, seed: int
 ) -> Iterator[Pattern]:
-    """Ever shorter periods below `upper`, then other patterns of the shortest period and of slightly longer ones."""
+    """Ever shorter periods below `upper`, by bisection, for half of the work that is left."""
+    enough = budget.work_left / 2
     high, low = upper, lower - 1
     if high is None:
         period, step = lower, max(1, lower // 50)
@@ -483,21 +496,29 @@ def _by_cp_sat(
                     return
         yield best
         high = best.period
-    while high - low > max(1, lower // 500):
+    while high - low > max(1, lower // 500) and budget.work_left > enough:
         middle = lower if low < lower else (low + high) // 2
         found = find_pattern(state, middle, budget, work_limit=_TRY_WORK, seed=seed, hint=best)[0]
         if found is None:
             low = middle
         else:
-            best, high = found, middle
+            best, high = state.shortened(found), middle
+            high = best.period
             yield best
-    if best is None:
-        return
+
+
+def other_patterns(state: SteadyState, budget: Budget, seed: int, period: int) -> Iterator[Pattern]:
+    """Other patterns of a period that there is one for, and of slightly longer ones, by CP-SAT."""
     for index in range(1, 1 + _NUM_SEEDS):
         for stretch in (0, 10, 30):
-            period = best.period + best.period * stretch // 1000
-            if stretch and period == best.period:
+            longer = period + period * stretch // 1000
+            if stretch and longer == period:
                 continue
-            found = find_pattern(state, period, budget, work_limit=_TRY_WORK, seed=seed + index)[0]
+            found = find_pattern(state, longer, budget, work_limit=_TRY_WORK, seed=seed + index)[0]
             if found is not None:
                 yield found
+
+
+def is_as_short_as_can_be(problem: PipelineProblem, pattern: Pattern) -> bool:
+    """Whether the busiest rank has no idle time, but for a few per mille."""
+    return pattern.period_us * problem.num_microbatches * 998 <= max(problem.work_us) * 1000
