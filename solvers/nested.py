@@ -86,9 +86,10 @@ class NestedBound:
         deadline: float,
         work_limit: float | None = None,
     ) -> Bound:
-        """Find value after value until the bound is `enough_us()`, asked anew each time, or time, work or values are used up, or `stop`.
+        """Find value after value until the bound is `enough_us()`, or time, work or values are used up, or `stop`.
 
-        `deadline` is a time of `time.monotonic`; it also cuts the value that is being looked for.
+        `enough_us` is asked after every value. `deadline` is a time of `time.monotonic`; it also cuts the value that
+        is being looked for. Another run goes on where this one ended.
         """
         while not self._stopped and (work_limit is None or self.work < work_limit):
             left_s = deadline - time.monotonic()
