@@ -18,13 +18,14 @@ import queue
 import threading
 import time
 from fractions import Fraction
-from math import ceil, floor, gcd, lcm
+from math import ceil, floor, lcm
 from typing import Any, Protocol
 
 from ortools.sat.python import cp_model
 
 from solvers.backend import Event, OnProgress, infeasible
 from solvers.bounds import Bound, best_bound
+from solvers.cp_sat_memory import add_memory
 from solvers.list_scheduling import quick_order
 from solvers.pipeline import Order, PipelineProblem, PipelineSolution, SolverError, Status
 from solvers.searched_ops import Key, duration_us, order_by, precedences, searched_ops, starts_us, time_unit_us
@@ -47,6 +48,10 @@ class CpSat:
 
     name = "cp-sat"
     is_exact = True
+
+    def __init__(self, work_limit: float | None = None) -> None:
+        """`work_limit` is CP-SAT's deterministic time, after which the answer is the same on every machine."""
+        self.work_limit = work_limit
 
     def why_not(self, problem: PipelineProblem) -> str | None:
         """A reason for problems so large that the model would not pay."""
@@ -74,13 +79,21 @@ class CpSat:
         best = quick_order(problem, hint)
         best_score = problem.evaluate(best)
         interrupted = False
+        left_work = self.work_limit
+        limited_by_time = False
         for grain in _grains_us(problem):
             left_s = time_limit_s - (time.monotonic() - began)
-            if bound.value_us >= best_score.objective_us or interrupted or left_s <= 0:
+            if bound.value_us >= best_score.objective_us or interrupted or (left_work is not None and left_work <= 0):
+                break
+            if left_s <= 0:
+                limited_by_time = True
                 break
             model = _Model(problem, best, grain, best_score.objective_us, bound)
-            run = run_model(model, max(0.1, left_s), seed, workers, on_progress, began)
+            run = run_model(model, max(0.1, left_s), seed, workers, on_progress, began, left_work)
             interrupted = run.interrupted
+            if left_work is not None:
+                left_work -= run.work
+            limited_by_time = run.status is not Status.OPTIMAL and (left_work is None or left_work > 0.01)
             if run.status is Status.INFEASIBLE:
                 raise SolverError("CP-SAT finds no order at all, but the hint is one")
             if not run.status.has_solution:
@@ -111,7 +124,7 @@ class CpSat:
             seconds=time.monotonic() - began,
             seed=seed,
             interrupted=interrupted,
-            limited_by_time=not proven and not interrupted,
+            limited_by_time=limited_by_time and not proven and not interrupted,
         )
 
 
@@ -153,9 +166,8 @@ class _Model:
             model.add(starts[after] >= starts[before] + (length[before] + int(delay_us / grain_us)))
         for row in intervals:
             model.add_no_overlap(row)
-        if problem.room_bytes is not None:
-            for rank in range(problem.num_ranks):
-                self._add_memory(rank, length, horizon)
+        for rank in range(problem.num_ranks):
+            add_memory(model, problem, rank, starts, length, horizon)
 
         cost = self._cost = model.new_int_var(floor(bound.value_us / grain_us), upper, "cost")
         for stages in problem.stages_of_rank:
@@ -173,33 +185,6 @@ class _Model:
         for key, start in starts.items():
             model.add_hint(start, floor(hints[key]) + shift)
         model.add_hint(cost, upper)
-
-    def _add_memory(self, rank: int, length: dict[Key, int], horizon: int) -> None:
-        problem, model, starts = self.problem, self.model, self._starts
-        assert problem.room_bytes is not None
-        room = problem.room_bytes[rank]
-        held: list[tuple[Any, Any, int]] = []
-        for s in problem.stages_of_rank[rank]:
-            first, rest = problem.taken_by_forward_bytes[s], problem.restored_bytes[s]
-            kept = problem.kept_bytes[s] if problem.has_weight_op[s] else 0
-            for j in range(problem.num_microbatches):
-                back_end = starts["B", s, j] + length["B", s, j]
-                last_end = starts["W", s, j] + length["W", s, j] if problem.has_weight_op[s] else back_end
-                held.append((starts["F", s, j], back_end, max(0, first - kept)))
-                held.append((starts["F", s, j], last_end, min(first, kept)))
-                if rest:
-                    kept_of_rest = min(rest, max(0, kept - first))
-                    held.append((starts["R", s, j], back_end, rest - kept_of_rest))
-                    held.append((starts["R", s, j], last_end, kept_of_rest))
-                held.append((starts["B", s, j], last_end, problem.extra_bytes[s]))
-        held = [(start, end, size) for start, end, size in held if size]
-        if sum(size for _, _, size in held) <= room:
-            return
-        unit = gcd(*(size for _, _, size in held))
-        rows = []
-        for start, end, _ in held:
-            rows.append(model.new_interval_var(start, model.new_int_var(0, horizon, ""), end, ""))
-        model.add_cumulative(rows, [size // unit for _, _, size in held], room // unit)
 
     def cost_us(self, value: float) -> int:
         """What an answer with this objective value costs at most."""
@@ -241,10 +226,17 @@ class Run:
         self.solver = solver
         self.status = status
         self.interrupted = interrupted
+        self.work = float(solver.deterministic_time)
 
 
 def run_model(
-    model: SearchModel, time_limit_s: float, seed: int, workers: int, on_progress: OnProgress | None, began: float
+    model: SearchModel,
+    time_limit_s: float,
+    seed: int,
+    workers: int,
+    on_progress: OnProgress | None,
+    began: float,
+    work_limit: float | None = None,
 ) -> Run:
     """Solve in a thread of its own, so that Ctrl-C and progress are dealt with at once, in this one."""
     news: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -256,6 +248,8 @@ def run_model(
 
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = time_limit_s
+    if work_limit is not None:
+        solver.parameters.max_deterministic_time = work_limit
     solver.parameters.random_seed = seed & 0x7FFFFFFF
     solver.parameters.num_workers = workers
     solver.parameters.catch_sigint_signal = False

@@ -1,0 +1,270 @@
+"""The portfolio behind `auto`: backends in turn, each from the best order so far, and a proof beside the search.
+
+    list scheduling     always; small rules, many of them
+    steady states       always; the pattern of the middle, for any number of microbatches
+    CP-SAT              on small problems, for a while, as it may prove everything
+    neighbourhoods      until the limit; in a second thread meanwhile, the nested bound
+    CP-SAT again        on small problems, with what is left, from the better order and bound
+
+It stops at once when the bound meets the order, on Ctrl-C, or when time or work are used up. Every backend is
+deterministic by itself. The two threads know of each other only to stop early when one's bound meets the other's
+order, and then the order is optimal and the first the search found at that cost: so the clock matters only where
+the answer says so.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from solvers.backend import Backend, Event, OnProgress, infeasible
+from solvers.bounds import Bound, best_bound
+from solvers.cp_sat import CpSat
+from solvers.list_scheduling import ListScheduling
+from solvers.neighbourhood import NeighbourhoodSearch
+from solvers.nested import NestedBound
+from solvers.periodic import PeriodicSchedule
+from solvers.pipeline import Order, PipelineProblem, PipelineSolution, Status
+
+NAME = "auto"
+_LIST_SHARE, _PERIODIC_SHARE, _EXACT_SHARE = 0.2, 0.3, 0.2  # of the limit, at most
+_SEARCH_UNTIL = 0.75  # of the limit, where CP-SAT gets what is left
+_EXACT_OPS = 1000  # above this CP-SAT proves nothing in the time people wait
+_MIN_RUN_S = 0.2  # less than this is not worth another run
+_JOIN_S = 0.05
+
+
+def solve_portfolio(
+    problem: PipelineProblem,
+    *,
+    time_limit_s: float,
+    work_limit: float | None = None,
+    seed: int = 0,
+    hint: Order | None = None,
+    on_progress: OnProgress | None = None,
+    workers: int = 2,
+) -> PipelineSolution:
+    """The best order of the portfolio, never worse than a hint that fits, with the best bound.
+
+    `work_limit` is in CP-SAT's deterministic time, about seconds on one core; it is shared out like the time.
+    """
+    began = time.monotonic()
+    if not problem.is_feasible():
+        return infeasible(NAME, seed, time.monotonic() - began)
+    run = _Run(problem, best_bound(problem), began, time_limit_s, work_limit, seed, on_progress, workers)
+    try:
+        run.take_hint(hint)
+        run.all_stages()
+    except KeyboardInterrupt:
+        run.interrupted = True
+        if run.best is None:  # before the first order
+            run.stage(ListScheduling(max_rules=1), time_limit_s)
+    return run.answer()
+
+
+@dataclass
+class _Run:
+    """The state of one solve."""
+
+    problem: PipelineProblem
+    bound: Bound
+    began: float
+    time_limit_s: float
+    work_limit: float | None
+    seed: int
+    on_progress: OnProgress | None
+    workers: int
+    best: PipelineSolution | None = None
+    _found_us: int | None = None  # the least cost a running search has reported
+    limited_by_time: bool = False
+    interrupted: bool = False
+
+    def all_stages(self) -> None:
+        """Everything, in turn."""
+        limit_s, work = self.time_limit_s, self.work_limit
+        small = self.problem.num_ops <= _EXACT_OPS
+
+        def share(of_all: float) -> float | None:
+            return None if work is None else work * of_all
+
+        self.stage(ListScheduling(), _LIST_SHARE * limit_s)
+        self.stage(
+            PeriodicSchedule() if work is None else PeriodicSchedule(work_limit=share(_PERIODIC_SHARE)),
+            _PERIODIC_SHARE * limit_s,
+        )
+        if small:
+            self.stage(CpSat(work_limit=share(_EXACT_SHARE)), _EXACT_SHARE * limit_s)
+        self.search_and_prove(limit_s * (_SEARCH_UNTIL if small else 1.0), share(_SEARCH_UNTIL - _EXACT_SHARE))
+        if small:
+            self.stage(CpSat(work_limit=share(1.0 - _SEARCH_UNTIL)), limit_s)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the bound meets the order."""
+        return self.best is not None and self.bound.value_us >= self._best_us
+
+    @property
+    def _best_us(self) -> int:
+        assert self.best is not None
+        assert self.best.score is not None
+        return self.best.score.objective_us
+
+    @property
+    def _incumbent_us(self) -> int:
+        """The least cost found, the running search included."""
+        return self._best_us if self._found_us is None else min(self._best_us, self._found_us)
+
+    @property
+    def _spent_s(self) -> float:
+        return time.monotonic() - self.began
+
+    def take_hint(self, hint: Order | None) -> None:
+        """Begin with this order if it fits."""
+        if hint is None:
+            return
+        score = self.problem.evaluate(hint)
+        if score.fits:
+            self._take_order(
+                PipelineSolution(
+                    status=Status.FEASIBLE,
+                    order=hint,
+                    score=score,
+                    lower_bound_us=self.bound.value_us,
+                    lower_bound_kind=self.bound.kind,
+                    solver="hint",
+                    seconds=0.0,
+                    seed=self.seed,
+                )
+            )
+
+    def stage(self, backend: Backend, most_s: float) -> None:
+        """Run one backend from the best order for at most that long, and take what it found."""
+        left_s = min(most_s, self.time_limit_s - self._spent_s)
+        if self.is_proven or self.interrupted:
+            return
+        if self.best is not None and left_s < _MIN_RUN_S:
+            self.limited_by_time = True
+            return
+        found = backend.solve(
+            self.problem,
+            time_limit_s=max(left_s, 0.01),
+            seed=self.seed,
+            hint=None if self.best is None else self.best.order,
+            on_progress=self._report,
+            workers=self.workers,
+            bound=self.bound,
+        )
+        self._take(found)
+
+    def search_and_prove(self, until_s: float, work_limit: float | None) -> None:
+        """Neighbourhood search here, the nested bound in a thread of its own, until one meets the other."""
+        until_s = min(until_s, self.time_limit_s)
+        if self.is_proven or self.interrupted:
+            return
+        if until_s - self._spent_s < _MIN_RUN_S:
+            self.limited_by_time = True
+            return
+        deadline = self.began + until_s
+        stop_search = threading.Event()
+        search = NeighbourhoodSearch(work_limit=work_limit, cancel=stop_search)
+        proof = NestedBound(self.problem)
+
+        def known_us() -> int:
+            self._take_bound(proof.bound)
+            self._report(Event(proof.bound.kind, self._spent_s, None, proof.bound.value_us))
+            if self.bound.value_us >= self._incumbent_us:
+                stop_search.set()
+            return self._incumbent_us
+
+        with _beside(lambda: proof.run(known_us, deadline=deadline, work_limit=work_limit), proof.stop) as thread:
+            found = search.solve(
+                self.problem,
+                time_limit_s=deadline - time.monotonic(),
+                seed=self.seed,
+                hint=None if self.best is None else self.best.order,
+                on_progress=self._report,
+                bound=self.bound,
+            )
+            self._take(replace(found, interrupted=found.interrupted and not stop_search.is_set()))
+            if work_limit is not None and not self.is_proven and not self.interrupted:
+                thread.wait()
+        self._take_bound(proof.bound)
+        self.limited_by_time = found.limited_by_time or proof.limited_by_time
+
+    def answer(self) -> PipelineSolution:
+        """What came out of it."""
+        assert self.best is not None
+        proven = self.is_proven
+        return replace(
+            self.best,
+            status=Status.OPTIMAL if proven else Status.FEASIBLE,
+            lower_bound_us=min(self.bound.value_us, self._best_us),
+            lower_bound_kind=self.bound.kind,
+            seconds=self._spent_s,
+            seed=self.seed,
+            interrupted=self.interrupted,
+            limited_by_time=self.limited_by_time and not proven and not self.interrupted,
+        )
+
+    def _take(self, found: PipelineSolution) -> None:
+        self._take_order(found)
+        self._take_bound(Bound(found.lower_bound_us, found.lower_bound_kind))
+        self.interrupted = self.interrupted or found.interrupted
+        self.limited_by_time = found.limited_by_time
+
+    def _take_order(self, found: PipelineSolution) -> None:
+        if found.score is not None and (self.best is None or found.score.objective_us < self._best_us):
+            self.best = found
+
+    def _take_bound(self, bound: Bound) -> None:
+        if bound.value_us > self.bound.value_us:
+            self.bound = bound
+
+    def _report(self, event: Event) -> None:
+        """Pass news on, with the best order and bound of all backends."""
+        if event.objective_us is not None and (self._found_us is None or event.objective_us < self._found_us):
+            self._found_us = event.objective_us
+        if self.on_progress is not None:
+            objective_us = self._found_us if self.best is None else self._incumbent_us
+            bound_us = max(event.lower_bound_us, self.bound.value_us)
+            self.on_progress(Event(event.solver, self._spent_s, objective_us, bound_us))
+
+
+class _Thread(threading.Thread):
+    """A thread whose error is raised where it is waited for, and whose wait Ctrl-C can end."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(name="proof", daemon=True)
+        self._work = work
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Called by the base class."""
+        try:
+            self._work()
+        except BaseException as error:  # handed to the caller's thread
+            self.error = error
+        finally:
+            self.done.set()
+
+    def wait(self) -> None:
+        """Until the work has ended by itself."""
+        while not self.done.wait(_JOIN_S):
+            pass
+
+
+@contextmanager
+def _beside(work: Callable[[], object], stop: Callable[[], None]) -> Iterator[_Thread]:
+    """Work in a thread beside the block, stopped when the block ends."""
+    thread = _Thread(work)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        while not thread.done.is_set():
+            stop()
+            thread.done.wait(_JOIN_S)
+    if thread.error is not None:
+        raise thread.error
