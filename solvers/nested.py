@@ -263,9 +263,9 @@ def _room_after_us(problem: PipelineProblem) -> int:
 def _room_before_us(problem: PipelineProblem, first_stage: int) -> int:
     """Time before the start of F(first_stage, 0) that no schedule needs more of.
 
-    Before it only forwards of lower stages run: everything else of a microbatch follows its F on `first_stage`. In a
+    Before it only F and R of lower stages run: everything else of a microbatch follows its F on `first_stage`. In a
     schedule in which none of them could start later, each is tied to a later one, by a precedence or by the order of
     its rank, up to that start or past it; such a path runs every op, and every hop, at most once.
     """
-    m = problem.num_microbatches
-    return m * (sum(problem.forward_us[:first_stage]) + sum(problem.transfer_us[:first_stage]))
+    rows = (problem.forward_us, problem.rerun_us, problem.transfer_us)
+    return problem.num_microbatches * sum(sum(row[:first_stage]) for row in rows)
