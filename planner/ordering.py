@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 from planner.errors import InfeasibleError, LayoutError
 from planner.pipeline_costs import MemoryLimits
@@ -189,7 +188,7 @@ def by_solver(task: Task, limits: Limits) -> Ordered | None:
     if family is not None and family.gap <= 0:
         return replace(family, seconds=time.monotonic() - began)
     left_s = max(limits.time_limit_s * _LEAST_SHARE, limits.time_limit_s - (time.monotonic() - began))
-    solution = _solve(task, replace(limits, time_limit_s=left_s))
+    solution = _solve(task, replace(limits, time_limit_s=left_s), family)
     found = _best_of(family, solution, task)
     if found is None:
         return None
@@ -202,19 +201,19 @@ def by_solver(task: Task, limits: Limits) -> Ordered | None:
     )
 
 
-def _solve(task: Task, limits: Limits) -> PipelineSolution:
+def _solve(task: Task, limits: Limits, start: Ordered | None) -> PipelineSolution:
     if task.varied is not None:
         return solve_varied(
             task.varied, time_limit_s=limits.time_limit_s, seed=limits.seed, on_progress=limits.on_progress
         )
-    extra: dict[str, Any] = {} if limits.work_limit is None else {"work_limit": limits.work_limit}
     return solve_pipeline(
         task.problem,
         solver=limits.solver,
         time_limit_s=limits.time_limit_s,
+        work_limit=limits.work_limit,
         seed=limits.seed,
+        hint=None if start is None else order_of(start.schedule),
         on_progress=limits.on_progress,
-        **extra,
     )
 
 
@@ -223,7 +222,7 @@ def _best_of(family: Ordered | None, solution: PipelineSolution, task: Task) -> 
     score = solution.score
     if solution.order is None or score is None:
         return family
-    if family is not None and family.objective_us < score.objective_us:
+    if family is not None and family.objective_us <= score.objective_us:
         return family
     return Ordered(
         family="auto",
@@ -259,7 +258,12 @@ def refuse_solver(limits: Limits, task: Task) -> None:
     """LayoutError where the solver that is asked for does not take this problem."""
     if task.percent is not None and (limits.solver != "auto" or limits.work_limit is not None):
         raise LayoutError("microbatch_scale goes with the solver auto and a time limit; leave out the others")
-    obstacle = None if limits.solver == "auto" else get_backend(limits.solver).why_not(task.problem)
+    if limits.solver == "auto":
+        return
+    try:
+        obstacle = get_backend(limits.solver, limits.work_limit).why_not(task.problem)
+    except ValueError as error:
+        raise LayoutError(str(error)) from None
     if obstacle is not None:
         raise LayoutError(f"solver {limits.solver!r} does not take this problem: {obstacle}")
 
