@@ -52,11 +52,13 @@ _Row = npt.NDArray[np.int64]  # one entry per column: a longest path, in µs
 
 _NEVER = -(1 << 60)  # no path; adding durations to it never makes it a real time
 _NEVER_LIMIT = -(1 << 59)
-_EXACT_CELLS = 400_000  # ops × ranks up to which every rank has its own column
+_EXACT_CELLS = 100_000  # ops × ranks up to which every rank has its own column: finds more, in more time
 _STEP_WORK = 0.1  # deterministic time of CP-SAT per step
+_BISECT_AFTER = 20  # conflicts; else CP-SAT may raise its bound µs by µs, which its deterministic time hardly counts
 _BASE_WORK = 0.002  # what a step costs besides
 _MIN_FREE, _MAX_FREE = 24, 1000  # free ops of a window
 _FIRST_FREE = 90
+_GROW, _SHRINK = 1.03, 0.93
 _FLOOR = 0.02  # the costs of ranks count down to this share below the incumbent
 _RELEASE_EVERY = 20  # improvements between two adjustments of the ranks' starts, on large problems
 
@@ -676,7 +678,7 @@ class NeighbourhoodSearch:
             note = f"{search.num_steps} windows, {search.num_improved} improved, work {search.work:.1f}"
             if search.proven is not None and search.proven.value_us > bound.value_us:
                 bound = search.proven
-            if search.num_improved:
+            if search.incumbent.cost_us < score.objective_us:
                 best = search.order()
         found = problem.evaluate(best)
         if not found.fits or found.objective_us > score.objective_us:
@@ -769,7 +771,8 @@ class _Search:
         solver.parameters.linearization_level = 0
         solver.parameters.cp_model_probing_level = 0
         solver.parameters.symmetry_level = 0
-        solver.parameters.binary_search_num_conflicts = 20
+        solver.parameters.search_branching = cp_model.PORTFOLIO_WITH_QUICK_RESTART_SEARCH
+        solver.parameters.binary_search_num_conflicts = _BISECT_AFTER
         status = solver.solve(model.model)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE, cp_model.INFEASIBLE, cp_model.UNKNOWN):
             raise SolverError(f"CP-SAT calls a window {solver.status_name(status)}: {model.model.validate()}")
@@ -783,9 +786,9 @@ class _Search:
         arm.count(gain, work)
         size = self.free_ops[arm.width]
         if work >= _STEP_WORK and gain < 1.0:
-            size *= 0.93
+            size *= _SHRINK
         elif status in (cp_model.OPTIMAL, cp_model.INFEASIBLE) and gain == 0.0 and work < _STEP_WORK / 4:
-            size *= 1.03
+            size *= _GROW
         self.free_ops[arm.width] = min(max(size, _MIN_FREE), _MAX_FREE)
 
     def _window(self, arm: _Arm) -> _Window:
