@@ -204,13 +204,14 @@ class LayoutPaths:
         return found
 
     def _lifted(self, residues: dict[Key, int]) -> Pattern:
-        """The pattern whose ops start as early as arcs and residues allow."""
+        """The pattern whose ops start as early as arcs and residues allow, limits in flight left out."""
         period = self.period
         starts = {key: (value - residues["F", 0, 0]) % period for key, value in residues.items()}
+        arcs = [arc for arc in self.state.arcs if (arc.before[0], arc.after[0]) != ("B", "F")]
         moved = True
         while moved:
             moved = False
-            for arc in self.state.arcs:
+            for arc in arcs:
                 short = starts[arc.before] + arc.distance - arc.laps * period - starts[arc.after]
                 if short > 0:
                     starts[arc.after] += -(-short // period) * period

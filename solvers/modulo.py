@@ -150,8 +150,11 @@ class SteadyState:
         return sum(one) + 2 * sum(self.ticks(us) for us in self.problem.transfer_us)
 
     def fits(self, pattern: Pattern) -> bool:
-        """Whether no rank holds more than it has room for."""
+        """Whether no rank holds more than it has room for, and no arc, limits in flight among them, is too short."""
         room = self.problem.room_bytes
+        starts, period = pattern.starts, pattern.period
+        if any(starts[a.after] + a.laps * period < starts[a.before] + a.distance for a in self.arcs):
+            return False
         return room is None or all(map(int.__le__, self.peak_bytes(pattern), room))
 
     def peak_bytes(self, pattern: Pattern) -> list[int]:

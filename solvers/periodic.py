@@ -31,11 +31,14 @@ from solvers.timing import NO_NODE, TimingGraph
 
 _FAR = 1 << 60
 _LOOSE = ((0.5, 1.0), (0.0, 0.0), (0.25, 0.5), (0.75, 1.0))  # shares of the free memory, see `loosened`
+_SEARCH_SHARE = 0.7  # of time and ops for finding patterns; the rest is for tightening the best of them further
+_NUM_IMPROVED = 6
 _PASSES = ((0.0, True), (0.0, False), (0.5, True))  # slack: by how much of itself an op may overrun its gap; which way
 _TRY_WORK = 1.0  # deterministic units CP-SAT may use on one period
 _MAX_CP_SAT_OPS = 150  # in a period; above, CP-SAT finds no better patterns than the layouts do
 _NEAR_ROUNDS = 6
 _MAX_STRETCH = 3.0  # periods so much longer than the lower bound are left to CP-SAT
+_MAX_OPS_OF_MORE = 200  # above so many ops in a period, no larger k is tried
 _NUM_SEEDS = 4
 
 Sequences = list[list[int]]  # nodes per rank, in the order it runs them
@@ -254,7 +257,7 @@ class PeriodicSchedule:
     is_exact = False
 
     def __init__(
-        self, work_limit: float | None = 10.0, max_ops: int | None = 3_000_000, ks: Sequence[int] = (1, 2, 3)
+        self, work_limit: float | None = 6.0, max_ops: int | None = 3_000_000, ks: Sequence[int] = (1, 2, 3)
     ) -> None:
         self.work_limit = work_limit
         self.max_ops = max_ops
@@ -304,7 +307,7 @@ class PeriodicSchedule:
             seconds=time.monotonic() - began,
             seed=seed,
             interrupted=interrupted,
-            limited_by_time=search.budget.out_of_time and not proven and not interrupted,
+            limited_by_time=search.out_of_time and not proven and not interrupted,
             note=search.note,
         )
 
@@ -325,8 +328,13 @@ class _Search:
         self.problem, self.bound = problem, bound
         self.began, self.on_progress = began, on_progress
         self.ks = limits.ks
-        self.budget = Budget(time_limit_s, float("inf") if limits.work_limit is None else limits.work_limit)
-        self.ops_left = _FAR if limits.max_ops is None else limits.max_ops
+        work_limit = float("inf") if limits.work_limit is None else limits.work_limit
+        self.budget = Budget(time_limit_s * _SEARCH_SHARE, work_limit)
+        self.deadline = began + time_limit_s
+        self.out_of_time = False
+        max_ops = _FAR if limits.max_ops is None else limits.max_ops
+        self.ops_left, self._ops_kept = max_ops, max_ops - int(max_ops * _SEARCH_SHARE)
+        self._found: list[tuple[int, int, Sequences, Pattern]] = []  # cost after a first pass, number, order, pattern
         self.best_order = quick_order(problem, hint)
         self.best_us = problem.evaluate(self.best_order).objective_us
         self.best_pattern: Pattern | None = None
@@ -343,26 +351,38 @@ class _Search:
         return f"period {float(p.period_us):.10g} µs per microbatch, {p.num_microbatches} per period"
 
     def run(self, seed: int) -> None:
-        """Patterns for all k, each unrolled and tightened, until the bound is met or nothing is left."""
+        """Patterns, each unrolled and filled once; then the best few in more ways, until the bound is met."""
         try:
-            shortest = dict[int, Pattern]()
-            for k in self.ks:
-                if k > self.problem.num_microbatches:
-                    break
-                if self.shortest is not None and is_as_short_as_can_be(self.problem, self.shortest):
-                    break
-                for pattern in shortest_patterns(SteadyState(self.problem, k), self.budget, seed, self.shortest):
-                    self._unroll(pattern)
-                    if k not in shortest or pattern.period < shortest[k].period:
-                        shortest[k] = pattern
-            for k, pattern in shortest.items():
-                state = SteadyState(self.problem, k)
-                near_best = self.shortest is not None and pattern.period_us * 100 <= self.shortest.period_us * 103
-                if near_best and len(state.keys) <= _MAX_CP_SAT_OPS:
-                    for other in other_patterns(state, self.budget, seed, pattern.period):
-                        self._unroll(other)
+            self._try_patterns(seed)
         except OutOfBudgetError:
-            pass
+            self.out_of_time = self.budget.out_of_time
+        self.budget = Budget(self.deadline - time.monotonic(), 1.0)
+        self._ops_kept = 0
+        try:
+            for _, _, sequences, pattern in sorted(self._found, key=lambda found: found[:2])[:_NUM_IMPROVED]:
+                for slack, backwards_first in _PASSES:
+                    self._improve(sequences, pattern, slack, backwards_first)
+        except OutOfBudgetError:
+            self.out_of_time = self.out_of_time or self.budget.out_of_time
+
+    def _try_patterns(self, seed: int) -> None:
+        """The shortest for all k first, then others about as short."""
+        shortest = dict[int, Pattern]()
+        num_ops = len(SteadyState(self.problem, 1).keys)
+        for k in self.ks:
+            if k > self.problem.num_microbatches or (shortest and k * num_ops > _MAX_OPS_OF_MORE):
+                break
+            if self.shortest is not None and is_as_short_as_can_be(self.problem, self.shortest):
+                break
+            for pattern in shortest_patterns(SteadyState(self.problem, k), self.budget, seed, self.shortest):
+                self._unroll(pattern)
+                if k not in shortest or pattern.period < shortest[k].period:
+                    shortest[k] = pattern
+        for k, pattern in shortest.items():
+            assert self.shortest is not None
+            if pattern.period_us * 100 <= self.shortest.period_us * 103:
+                for other in other_patterns(SteadyState(self.problem, k), self.budget, seed, pattern.period):
+                    self._unroll(other)
 
     def _unroll(self, pattern: Pattern) -> None:
         self.num_patterns += 1
@@ -374,9 +394,12 @@ class _Search:
             if fingerprint in self._seen:
                 continue
             self._seen.add(fingerprint)
-            self._attempt(start, pattern)
-            for slack, backwards_first in _PASSES:
-                self._improve(start, pattern, slack, backwards_first)
+            cost_us = self._attempt(start, pattern)
+            filled = self.net.filled_backwards(start, 0.0)
+            cost_us = min(cost_us, self._attempt(filled, pattern))
+            filled = self.net.filled(filled, 0.0)
+            cost_us = min(cost_us, self._attempt(filled, pattern))
+            self._found.append((cost_us, len(self._found), start, pattern))
 
     def _improve(self, sequences: Sequences, pattern: Pattern, slack: float, backwards: bool) -> None:
         """Fill in both directions in turn until that does not help any more."""
@@ -397,7 +420,7 @@ class _Search:
                 seconds = time.monotonic() - self.began
                 self.on_progress(Event(PeriodicSchedule.name, seconds, cost_us, self.bound.value_us))
         self.ops_left -= len(self.net.keys)
-        if self.best_us <= self.bound.value_us or self.ops_left <= 0:
+        if self.best_us <= self.bound.value_us or self.ops_left <= self._ops_kept:
             raise OutOfBudgetError
         self.budget.check()
         return cost_us
@@ -441,6 +464,7 @@ def _by_layouts(
                     if state.fits(pattern):
                         found.append(state.shortened(pattern))
                         break
+                    budget.check()
                     near = LayoutPaths.near(state, pattern)
                     budget.spend(near.work)
                     nearby = near.cheapest(share)
@@ -484,7 +508,7 @@ def _by_cp_sat(
     state: SteadyState, budget: Budget, lower: int, upper: int | None, best: Pattern | None, seed: int
 ) -> Iterator[Pattern]:
     """Ever shorter periods below `upper`, by bisection, for half of the work that is left."""
-    enough = budget.work_left / 2
+    enough = 0.0 if budget.work_left == float("inf") else budget.work_left / 2
     high, low = upper, lower - 1
     if high is None:
         period, step = lower, max(1, lower // 50)
@@ -508,15 +532,23 @@ def _by_cp_sat(
 
 
 def other_patterns(state: SteadyState, budget: Budget, seed: int, period: int) -> Iterator[Pattern]:
-    """Other patterns of a period that there is one for, and of slightly longer ones, by CP-SAT."""
-    for index in range(1, 1 + _NUM_SEEDS):
-        for stretch in (0, 10, 30):
-            longer = period + period * stretch // 1000
-            if stretch and longer == period:
-                continue
-            found = find_pattern(state, longer, budget, work_limit=_TRY_WORK, seed=seed + index)[0]
-            if found is not None:
-                yield found
+    """Other patterns of a period that there is one for, and of slightly longer ones."""
+    longer = sorted({period + period * stretch // 1000 for stretch in (10, 20, 30, 50)} - {period})
+    if can_list_layouts(state):
+        for other in longer:
+            paths = LayoutPaths.of_all(state, other)
+            for share in _shares(state.problem):
+                budget.check()
+                budget.spend(paths.work)
+                pattern = paths.cheapest(share)
+                if state.fits(pattern):
+                    yield pattern
+    if len(state.keys) <= _MAX_CP_SAT_OPS:
+        for index in range(1, 1 + _NUM_SEEDS):
+            for other in [period, *longer[::2]]:
+                found = find_pattern(state, other, budget, work_limit=_TRY_WORK, seed=seed + index)[0]
+                if found is not None:
+                    yield found
 
 
 def is_as_short_as_can_be(problem: PipelineProblem, pattern: Pattern) -> bool:
