@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from solvers.backend import Backend, Event, OnProgress, infeasible
 from solvers.bounds import Bound, best_bound
@@ -79,6 +79,7 @@ class _Run:
     _found_us: int | None = None  # the least cost a running search has reported
     limited_by_time: bool = False
     interrupted: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def all_stages(self) -> None:
         """Everything, in turn."""
@@ -95,6 +96,8 @@ class _Run:
         )
         if small:
             self.stage(CpSat(work_limit=share(_EXACT_SHARE)), _EXACT_SHARE * limit_s)
+        elif not self.is_proven:
+            self.notes.append(f"cp-sat not tried: {self.problem.num_ops} ops, more than {_EXACT_OPS}")
         self.search_and_prove(limit_s * (_SEARCH_UNTIL if small else 1.0), share(_SEARCH_UNTIL - _EXACT_SHARE))
         if small:
             self.stage(CpSat(work_limit=share(1.0 - _SEARCH_UNTIL)), limit_s)
@@ -155,6 +158,7 @@ class _Run:
             workers=self.workers,
             bound=self.bound,
         )
+        self.notes.append(f"{backend.name} {found.seconds:.1f} s" + (f" ({found.note})" if found.note else ""))
         self._take(found)
 
     def search_and_prove(self, until_s: float, work_limit: float | None) -> None:
@@ -186,6 +190,7 @@ class _Run:
                 on_progress=self._report,
                 bound=self.bound,
             )
+            self.notes.append(f"{search.name} {found.seconds:.1f} s ({found.note})")
             self._take(replace(found, interrupted=found.interrupted and not stop_search.is_set()))
             if work_limit is not None and not self.is_proven and not self.interrupted:
                 thread.wait()
@@ -205,6 +210,7 @@ class _Run:
             seed=self.seed,
             interrupted=self.interrupted,
             limited_by_time=self.limited_by_time and not proven and not self.interrupted,
+            note="; ".join(self.notes),
         )
 
     def _take(self, found: PipelineSolution) -> None:

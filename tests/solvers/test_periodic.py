@@ -12,7 +12,7 @@ from pipeline_cases import ZOO, even, problems, zero_bubble_profile
 from pipeline_oracle import order_cost_us
 
 from solvers.bounds import Bound, best_bound
-from solvers.layouts import LayoutPaths, can_list_layouts
+from solvers.layouts import LayoutPaths
 from solvers.modulo import Budget, SteadyState, find_pattern, least_period
 from solvers.periodic import PeriodicSchedule, Unrolled, loosened, shortest_patterns
 from solvers.pipeline import Status
@@ -239,7 +239,6 @@ def test_layouts_give_v_patterns_of_any_length(num_ranks, chunks, costs):
     state = SteadyState(problem, 1)
     v_min = 2 * chunks <= num_ranks or chunks in (8, 12, 24)
     period = state.work if costs[0] == 1 or not v_min else state.work * 5 // 4
-    assert can_list_layouts(state)
     pattern = LayoutPaths.of_all(state, period).cheapest((1.0,) * num_ranks)
     assert state.fits(pattern)
     assert faults(problem, pattern, num_ranks + 4) == []
@@ -252,9 +251,7 @@ def test_layouts_of_drawn_problems_obey_the_check_but_for_memory(problem, k, mor
     problem = replace(problem, num_microbatches=9, max_in_flight=None)
     state = SteadyState(problem, k)
     period = state.work + more
-    paths = [LayoutPaths.plain(state, period)]
-    if can_list_layouts(state):
-        paths.append(LayoutPaths.of_all(state, period))
+    paths = [LayoutPaths.plain(state, period), LayoutPaths.of_all(state, period)]
     shares = (1.0,) * problem.num_ranks
     for path in paths:
         pattern = path.cheapest(shares)

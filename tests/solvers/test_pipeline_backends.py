@@ -173,7 +173,7 @@ def test_the_same_seed_gives_the_same_answer():
     for solver in ("list-scheduling", "cp-sat", "auto"):
         first, second = (solve_pipeline(problem, solver=solver, time_limit_s=60, seed=3) for _ in range(2))
         assert not first.limited_by_time
-        assert replace(first, seconds=0) == replace(second, seconds=0)
+        assert replace(first, seconds=0, note="") == replace(second, seconds=0, note="")
 
 
 @pytest.mark.parametrize("solver", EXACT)
@@ -270,7 +270,7 @@ def test_cbc_has_the_papers_number_of_binaries():
 def test_large_problems_are_not_given_to_cp_sat():
     problem = even(16, 40, 3, 4, 2, 1, memory=24)
     solution = solve_pipeline(problem, time_limit_s=3)
-    assert solution.status is Status.OPTIMAL or "CP-SAT not tried: 1920 ops" in solution.note
+    assert solution.status is Status.OPTIMAL or "cp-sat not tried: 1920 ops, more than 1000" in solution.note
 
 
 def test_a_broken_backend_is_found_out(monkeypatch):
@@ -287,7 +287,7 @@ def test_the_rules_of_a_problem_are_distinct_and_leave_room_for_one():
 
 
 def test_an_unknown_solver_and_no_time_are_refused():
-    with pytest.raises(ValueError, match="no solver is called 'gurobi'; known: auto, list-scheduling, cp-sat, cbc"):
+    with pytest.raises(ValueError, match="no solver is called 'gurobi'; known: auto, list-scheduling, periodic, lns"):
         solve_pipeline(even(2, 2), solver="gurobi")
     with pytest.raises(ValueError, match="time_limit_s is 0, it must be positive"):
         solve_pipeline(even(2, 2), time_limit_s=0)
