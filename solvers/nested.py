@@ -14,9 +14,10 @@ constraints, which is what makes the next n solvable (Russian doll search: Verfa
 there for constraint optimisation). A run stopped by its limit still leaves what it has proven. And since one gap
 ends where the next begins, gap(a + b) ≥ gap(a) + gap(b) and cost(a + b) ≥ gap(a) + cost(b): small values reach any m.
 
-Left out, to keep the programs small: W, R and the memory of all ranks but the observed and the busiest. The forwards
-and backwards of all ranks still exclude each other, which is what one-rank bounds cannot see: where memory is short,
-a microbatch coming down meets others going up on every rank, and most phases collide.
+Left out, to keep the programs small: W, R (but not its time between F and B) and the memory of all ranks but the
+observed and the busiest. The forwards and backwards of all ranks still exclude each other, which is what one-rank
+bounds cannot see: where memory is short, a microbatch coming down meets others going up on every rank, and most
+phases collide.
 """
 
 import time
@@ -52,12 +53,13 @@ class _Step:
 class NestedBound:
     """The bound of one feasible problem, growing while `run` runs. Without a memory limit that binds it stays 0.
 
-    The same work gives the same bound, unless the clock cut a step short (`limited_by_time`).
+    The same work gives the same bound, unless the clock cut a step short (`limited_by_time`). `observed` are the ranks
+    to observe, by default one that promises most.
     """
 
-    def __init__(self, problem: PipelineProblem) -> None:
+    def __init__(self, problem: PipelineProblem, observed: Sequence[int] | None = None) -> None:
         self._problem = problem
-        self._ranks = _observed_ranks(problem)
+        self._ranks = _observed_ranks(problem) if observed is None else list(observed)
         self._gap_us = {rank: [0] for rank in self._ranks}
         self._cost_us = {rank: [0] for rank in self._ranks}
         self._steps = self._all_steps()
@@ -67,7 +69,7 @@ class NestedBound:
         self._solver: Any = None  # while it runs
 
     def stop(self) -> None:
-        """End `run`, from another thread, at once."""
+        """End `run` for good, from another thread, at once."""
         self._stopped = True
         solver = self._solver
         if solver is not None:
@@ -107,7 +109,7 @@ class NestedBound:
     def _all_steps(self) -> Iterator[_Step]:
         problem = self._problem
         for n in range(1, problem.num_microbatches + 1):
-            if n * problem.num_stages * 2 > _MAX_OPS:
+            if n * problem.num_stages * 2 > _MAX_OPS or not _fits_int64(problem, n + 1):
                 return
             for rank in self._ranks:
                 if n < problem.num_microbatches:
@@ -133,6 +135,8 @@ class NestedBound:
         solver.parameters.cp_model_probing_level = 0
         solver.parameters.symmetry_level = 0
         self._solver = solver
+        if self._stopped:  # while the program was built
+            return
         status = solver.solve(program.model)
         self._solver = None
         proven_us = known_us
@@ -145,6 +149,15 @@ class NestedBound:
         self.work += max(work, 1e-3)
         if status != cp_model.OPTIMAL and work < _STEP_WORK:
             self.limited_by_time = True
+
+
+def _fits_int64(problem: PipelineProblem, num_microbatches: int) -> bool:
+    """Whether all sums of a program stay inside 64 bits, and all times among the whole numbers of a float."""
+    total = _room_after_us(replace(problem, num_microbatches=num_microbatches)) // time_unit_us(problem)
+    num_variables = 16 * problem.num_stages * num_microbatches
+    most_bytes = num_microbatches * (sum(problem.activation_bytes) + sum(problem.extra_bytes))
+    capacity_bytes = max(problem.capacity_bytes or (0,))
+    return total < 2**50 and 4 * total * num_variables < 2**62 and most_bytes + capacity_bytes < 2**62
 
 
 def _closed(gap_us: Sequence[int], cost_us: Sequence[int], n: int) -> int:
@@ -217,8 +230,11 @@ class _Program:
         for before, after, delay_us in precedences(small):
             if before in starts and after in starts:
                 model.add(starts[after] >= starts[before] + (length[before] + delay_us // unit))
-        for j in range(n):  # where R between them is left out
-            model.add(starts["B", last_stage, j] >= starts["F", last_stage, j] + length["F", last_stage, j])
+        for s in range(problem.num_stages):  # where R between them is left out, its time is not
+            if s == last_stage or (problem.has_recompute[s] and problem.rank_of_stage[s] not in detailed):
+                apart = (problem.forward_us[s] + problem.rerun_us[s]) // unit
+                for j in range(n):
+                    model.add(starts["B", s, j] >= starts["F", s, j] + apart)
         for rank in sorted(detailed):
             add_memory(model, small, rank, starts, length, horizon)
 
