@@ -7,11 +7,12 @@ Weighted by the bytes held there that is a cost per pair of layouts, least for a
 So the cheapest choice of layouts is a shortest path through one layer per rank, whatever the number of ranks; a period
 then fits if what the ranks hold does.
 
-This needs few ops per rank, so that all layouts can be listed: all orders, with the idle time of the rank spread in a
-few ways. The ranks must talk to their neighbours only, as in linear and vee placements; arcs between
-other ranks are obeyed but not priced.
+Layouts are all orders of the rank's ops, or a sample where those are too many, with its idle time spread in a few
+ways; and then the neighbours of the layouts found. The ranks should talk to their neighbours only, as in linear and
+vee placements; arcs between other ranks are obeyed but not priced.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, permutations
 from typing import Any
@@ -22,16 +23,12 @@ import numpy.typing as npt
 from solvers.modulo import Arc, Pattern, SteadyState
 from solvers.searched_ops import Key
 
-_MAX_OPS = 6  # per rank: 120 orders
-_MAX_CELLS = 1_000_000  # pairs of layouts looked at for one period
+_MAX_OPS = 6  # per rank: 120 orders; of more a sample
+_SAMPLED_ORDERS = 250
+_MAX_CELLS = 16_000_000  # waits computed for one period
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-
-
-def can_list_layouts(state: SteadyState) -> bool:
-    """Whether all ranks have few enough ops."""
-    return max(map(len, state.ops_of_rank)) <= _MAX_OPS
 
 
 class LayoutPaths:
@@ -57,23 +54,23 @@ class LayoutPaths:
 
     @property
     def work(self) -> float:
-        """What a search costs, in units of about a second: pairs of layouts, counted."""
+        """What a search costs, in units of about a second: the waits it computes, counted."""
         cells = {
             name: len(x) * len(y)
             for name, x, y in zip(pairwise(self._kind), self._layouts, self._layouts[1:], strict=False)
         }
-        return 0.002 + 5e-7 * sum(cells.values())
+        return 0.002 + 2e-8 * _num_arcs(self.state) ** 2 * sum(cells.values())
 
     @classmethod
     def of_all(cls, state: SteadyState, period: int) -> "LayoutPaths":
-        """All orders of every rank, with its idle time spread in as many ways as is quick; see `can_list_layouts`."""
+        """All orders of every rank, or a sample, with its idle time spread in as many ways as is quick."""
         kind = [
             tuple((key[0], key[2], state.length[key], state.take[key], state.give[key]) for key in keys)
             for keys in state.ops_of_rank
         ]
         num_pairs = max(1, len(set(pairwise(kind))))
         most_orders = max(len(_orders(keys)) for keys in state.ops_of_rank)
-        spreads = max(1, int((_MAX_CELLS / num_pairs) ** 0.5) // most_orders)
+        spreads = max(1, int((_MAX_CELLS / num_pairs) ** 0.5) // (most_orders * _num_arcs(state)))
         listed: dict[object, Ints] = {}
         for name, keys in zip(kind, state.ops_of_rank, strict=True):
             if name not in listed:
@@ -100,7 +97,9 @@ class LayoutPaths:
     @classmethod
     def near(cls, state: SteadyState, pattern: Pattern) -> "LayoutPaths":
         """On every rank the layout of a pattern, and those that move one op or some of its idle time."""
-        layouts = [_near(state, keys, pattern) for keys in state.ops_of_rank]
+        num_pairs = max(1, len(state.ops_of_rank) - 1)
+        most = max(2, int((_MAX_CELLS / num_pairs) ** 0.5) // _num_arcs(state))
+        layouts = [_near(state, keys, pattern, most) for keys in state.ops_of_rank]
         return cls(state, pattern.period, layouts, range(len(layouts)))
 
     def cheapest(self, shares: tuple[float, ...]) -> Pattern:
@@ -220,9 +219,31 @@ class LayoutPaths:
 
 
 def _orders(keys: list[Key]) -> list[list[int]]:
-    """Orders of a rank's ops in the window, the anchor first, each kind in microbatch order round the circle."""
-    orders = ([0, *rest] for rest in permutations(range(1, len(keys))))
-    return [order for order in orders if _keeps_microbatch_order(keys, order)]
+    """Orders of a rank's ops in the window, the anchor first, each kind in microbatch order round the circle.
+
+    All of them, or a sample where there are too many.
+    """
+    if len(keys) <= _MAX_OPS:
+        orders = ([0, *rest] for rest in permutations(range(1, len(keys))))
+        return [order for order in orders if _keeps_microbatch_order(keys, order)]
+    rng = random.Random(len(keys))
+    of_name: dict[tuple[str, int], list[int]] = {}
+    for index, key in enumerate(keys):
+        of_name.setdefault(key[:2], []).append(index)
+    found = [list(range(len(keys)))]
+    while len(found) < _SAMPLED_ORDERS:
+        order = list(range(1, len(keys)))
+        rng.shuffle(order)
+        turn = {name: rng.randrange(len(indices)) for name, indices in of_name.items()}
+        turn[keys[0][:2]] = 0
+        row = []
+        for index in [0, *order]:
+            name = keys[index][:2]
+            indices = of_name[name]
+            row.append(indices[turn[name] % len(indices)])
+            turn[name] += 1
+        found.append(row)
+    return found
 
 
 def _keeps_microbatch_order(keys: list[Key], order: list[int]) -> bool:
@@ -275,8 +296,13 @@ def _spread_out(state: SteadyState, keys: list[Key], order: list[int], period: i
     return np.array([row], dtype=np.int64)
 
 
-def _near(state: SteadyState, keys: list[Key], pattern: Pattern) -> Ints:
-    """The layout of a pattern's rank and its neighbours; shape (layouts, ops)."""
+def _num_arcs(state: SteadyState) -> int:
+    """Arcs between two neighbouring ranks, at most."""
+    return 2 * max(map(len, state.problem.stages_of_rank)) * state.k
+
+
+def _near(state: SteadyState, keys: list[Key], pattern: Pattern, most: int) -> Ints:
+    """The layout of a pattern's rank and its neighbours, or a sample of `most`; shape (layouts, ops)."""
     begin, period = pattern.starts[keys[0]], pattern.period
     offsets = [(pattern.starts[key] - begin) % period for key in keys]
     order = sorted(range(len(keys)), key=offsets.__getitem__)
@@ -312,6 +338,9 @@ def _near(state: SteadyState, keys: list[Key], pattern: Pattern) -> Ints:
                     moved[one] -= part
                     moved[other] += part
                     add(order, moved)
+    if len(found) > most:
+        neighbours = sorted(found - {tuple(offsets)})
+        found = {tuple(offsets), *random.Random(repr(offsets)).sample(neighbours, most - 1)}
     return np.array(sorted(found), dtype=np.int64)
 
 
@@ -330,9 +359,7 @@ def _spreads(keys: list[Key], length: list[int], period: int, most: int) -> Iter
         *([i] for i in range(len(keys))),
     ]
     seen = set[tuple[int, ...]]()
-    for group in groups[: max(1, most)]:
-        if not group:
-            continue
+    for group in filter(None, groups):
         for level in (True, False):
             gaps = _levelled(group, length, idle) if level else _evenly(group, len(keys), idle)
             if tuple(gaps) not in seen and len(seen) < most:

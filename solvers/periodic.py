@@ -22,7 +22,7 @@ from math import ceil
 
 from solvers.backend import Event, OnProgress, infeasible
 from solvers.bounds import Bound, best_bound
-from solvers.layouts import LayoutPaths, can_list_layouts
+from solvers.layouts import LayoutPaths
 from solvers.list_scheduling import quick_order
 from solvers.modulo import Budget, OutOfBudgetError, Pattern, SteadyState, find_pattern, least_period, taken_and_given
 from solvers.pipeline import Order, PipelineProblem, PipelineSolution, Status
@@ -30,7 +30,7 @@ from solvers.searched_ops import Key, duration_us, order_by, precedences, search
 from solvers.timing import NO_NODE, TimingGraph
 
 _FAR = 1 << 60
-_LOOSE = ((0.5, 1.0), (0.0, 0.0), (0.25, 0.5), (0.75, 1.0))  # shares of the free memory, see `loosened`
+_LOOSE = ((0.5, 1.0), (0.0, 0.0), (0.25, 0.5), (0.5, 0.7))  # shares of the free memory, see `loosened`
 _SEARCH_SHARE = 0.7  # of time and ops for finding patterns; the rest is for tightening the best of them further
 _NUM_IMPROVED = 6
 _PASSES = ((0.0, True), (0.0, False), (0.5, True))  # slack: by how much of itself an op may overrun its gap; which way
@@ -50,34 +50,42 @@ def loosened(problem: PipelineProblem, pattern: Pattern, forward_share: float, w
     That costs no time in the steady state, and gives the two ends more to do: F before the first backward, W
     after the last. Source of the idea: ZB-H2 beside ZB-H1 (Qi et al., arXiv 2401.10241).
     """
-    state = SteadyState(problem, pattern.num_microbatches)
-    room = problem.room_bytes
-    if room is None or not (forward_share or weight_share):
+    if not (forward_share or weight_share):
         return pattern
-    # one period more in flight holds the bytes of k microbatches
-    free = [
-        (there - held) // pattern.num_microbatches for there, held in zip(room, state.peak_bytes(pattern), strict=True)
-    ]
-    starts = dict(pattern.starts)
+    k = pattern.num_microbatches
+    starts, period = dict(pattern.starts), pattern.period
+    most_ahead = []  # enough to fill the time until the first backward comes
+    for s in range(problem.num_stages):
+        until_back = starts["B", s, 0] - starts["F", s, 0]
+        in_flight = ceil((until_back + problem.back_us[s] / pattern.tick_us) / period)
+        wanted = ceil(until_back * pattern.tick_us / (problem.forward_us[s] * k))
+        allowed = problem.in_flight_limit[s] // k if problem.max_in_flight is not None else wanted
+        most_ahead.append(max(0, min(wanted, allowed) - in_flight))
+    room = problem.room_bytes
+    if room is None:
+        whole = problem.activation_bytes
+        free = [2 * sum(whole[s] * most_ahead[s] for s in stages) for stages in problem.stages_of_rank]
+    else:  # one period more in flight holds the bytes of k microbatches
+        held = SteadyState(problem, k).peak_bytes(pattern)
+        free = [(there - now) // k for there, now in zip(room, held, strict=True)]
     ahead = [0] * problem.num_stages
-    most = problem.num_microbatches
+    most = max(most_ahead)
     for s in range(problem.num_stages):
         rank = problem.rank_of_stage[s]
         size = problem.taken_by_forward_bytes[s] * len(problem.stages_of_rank[rank])
-        in_flight = (starts["B", s, 0] + 1 - starts["F", s, 0]) // pattern.period + 1
-        most = min(most, problem.in_flight_limit[s] // pattern.num_microbatches - in_flight)
+        most = min(most, most_ahead[s])
         if size:
             most = min(most, int(free[rank] * forward_share) // size)
-        ahead[s] = most = max(0, most)
+        ahead[s] = most
     for rank, stages in enumerate(problem.stages_of_rank):
         left = free[rank] - sum(ahead[s] * problem.taken_by_forward_bytes[s] for s in stages)
         for s in stages:
             size = problem.kept_bytes[s] * len(stages)
             behind = min(problem.num_microbatches, int(left * weight_share) // size) if size else 0
-            for i in range(pattern.num_microbatches):
-                starts["F", s, i] -= ahead[s] * pattern.period
+            for i in range(k):
+                starts["F", s, i] -= ahead[s] * period
                 if problem.has_weight_op[s]:
-                    starts["W", s, i] += behind * pattern.period
+                    starts["W", s, i] += behind * period
     return replace(pattern, starts=starts)
 
 
@@ -447,11 +455,7 @@ def _by_layouts(
     shares = _shares(state.problem)
 
     def attempt(period: int) -> list[Pattern]:
-        paths = []
-        if can_list_layouts(state):
-            paths.append(LayoutPaths.of_all(state, period))
-        elif known is None:
-            paths.append(LayoutPaths.plain(state, period))
+        paths = [LayoutPaths.of_all(state, period)]
         if known is not None:
             paths.append(LayoutPaths.like(state, known, period))
         found = []
@@ -534,15 +538,14 @@ def _by_cp_sat(
 def other_patterns(state: SteadyState, budget: Budget, seed: int, period: int) -> Iterator[Pattern]:
     """Other patterns of a period that there is one for, and of slightly longer ones."""
     longer = sorted({period + period * stretch // 1000 for stretch in (10, 20, 30, 50)} - {period})
-    if can_list_layouts(state):
-        for other in longer:
-            paths = LayoutPaths.of_all(state, other)
-            for share in _shares(state.problem):
-                budget.check()
-                budget.spend(paths.work)
-                pattern = paths.cheapest(share)
-                if state.fits(pattern):
-                    yield pattern
+    for other in longer:
+        paths = LayoutPaths.of_all(state, other)
+        for share in _shares(state.problem):
+            budget.check()
+            budget.spend(paths.work)
+            pattern = paths.cheapest(share)
+            if state.fits(pattern):
+                yield pattern
     if len(state.keys) <= _MAX_CP_SAT_OPS:
         for index in range(1, 1 + _NUM_SEEDS):
             for other in [period, *longer[::2]]:

@@ -245,7 +245,7 @@ def test_layouts_give_v_patterns_of_any_length(num_ranks, chunks, costs):
 
 
 @given(problems(), st.integers(1, 3), st.integers(0, 20))
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=30)
 def test_layouts_of_drawn_problems_obey_the_check_but_for_memory(problem, k, more):
     """Whatever the layouts give is a pattern; it holds what `peak_bytes` says; shortening and loosening keep that."""
     problem = replace(problem, num_microbatches=9, max_in_flight=None)
