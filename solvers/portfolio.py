@@ -1,15 +1,15 @@
 """The portfolio behind `auto`: backends in turn, each from the best order so far, and a proof beside the search.
 
     list scheduling     always; small rules, many of them
-    steady states       always; the pattern of the middle, for any number of microbatches
-    CP-SAT              on small problems, for a while, as it may prove everything
-    neighbourhoods      until the limit; in a second thread meanwhile, the nested bound
-    CP-SAT again        on small problems, with what is left, from the better order and bound
+    CP-SAT              on small problems, for a while, as it may prove everything; longer on tiny ones
+    steady states       the pattern of the middle, for any number of microbatches
+    neighbourhoods      until the limit, from the best order and from others
 
-It stops at once when the bound meets the order, on Ctrl-C, or when time or work are used up. Every backend is
-deterministic by itself. The two threads know of each other only to stop early when one's bound meets the other's
-order, and then the order is optimal and the first the search found at that cost: so the clock matters only where
-the answer says so.
+and, in a second thread from the second stage on, or the third on tiny problems, the nested bound.
+
+It stops when the bound meets the order, on Ctrl-C, or when time or work are used up. Every backend is deterministic by
+itself. The two threads know of each other only to stop early when one's bound meets the other's order, and then
+the order is optimal and the first the search found at that cost: so the clock matters only where the answer says so.
 """
 
 import threading
@@ -21,17 +21,20 @@ from dataclasses import dataclass, field, replace
 from solvers.backend import Backend, Event, OnProgress, infeasible
 from solvers.bounds import Bound, best_bound
 from solvers.cp_sat import CpSat
-from solvers.list_scheduling import ListScheduling
+from solvers.list_scheduling import ListScheduling, Simulator, rule_family
 from solvers.neighbourhood import NeighbourhoodSearch
 from solvers.nested import NestedBound
 from solvers.periodic import PeriodicSchedule
 from solvers.pipeline import Order, PipelineProblem, PipelineSolution, Status
 
 NAME = "auto"
-_LIST_SHARE, _PERIODIC_SHARE, _EXACT_SHARE = 0.2, 0.3, 0.2  # of the limit, at most
-_SEARCH_UNTIL = 0.75  # of the limit, where CP-SAT gets what is left
+_LIST_SHARE, _PERIODIC_SHARE, _SMALL_SHARE, _TINY_SHARE = 0.2, 0.25, 0.15, 0.5  # of the limit, at most
+_TINY_OPS = 300
 _EXACT_OPS = 1000  # above this CP-SAT proves nothing in the time people wait
 _MIN_RUN_S = 0.2  # less than this is not worth another run
+_STAY_WORK, _TRY_WORK = 3.0, 1.0  # of neighbourhood search without a better order, from the best and from others
+_RESTART_OPS = 5000  # above this, the limits leave no time for other starts
+_SEARCH_SHARE = 0.5  # of a work limit, for the neighbourhoods and for the proof
 _JOIN_S = 0.05
 
 
@@ -80,32 +83,57 @@ class _Run:
     limited_by_time: bool = False
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)
+    _proven: threading.Event = field(default_factory=threading.Event)  # by the thread, of a running search
 
     def all_stages(self) -> None:
         """Everything, in turn."""
-        limit_s, work = self.time_limit_s, self.work_limit
-        small = self.problem.num_ops <= _EXACT_OPS
-
-        def share(of_all: float) -> float | None:
-            return None if work is None else work * of_all
-
+        limit_s, num_ops = self.time_limit_s, self.problem.num_ops
         self.stage(ListScheduling(), _LIST_SHARE * limit_s)
-        self.stage(
-            PeriodicSchedule() if work is None else PeriodicSchedule(work_limit=share(_PERIODIC_SHARE)),
-            _PERIODIC_SHARE * limit_s,
-        )
-        if small:
-            self.stage(CpSat(work_limit=share(_EXACT_SHARE)), _EXACT_SHARE * limit_s)
-        elif not self.is_proven:
-            self.notes.append(f"cp-sat not tried: {self.problem.num_ops} ops, more than {_EXACT_OPS}")
-        self.search_and_prove(limit_s * (_SEARCH_UNTIL if small else 1.0), share(_SEARCH_UNTIL - _EXACT_SHARE))
-        if small:
-            self.stage(CpSat(work_limit=share(1.0 - _SEARCH_UNTIL)), limit_s)
+        if num_ops <= _TINY_OPS:
+            self.stage(CpSat(work_limit=self._work(_TINY_SHARE)), _TINY_SHARE * limit_s)
+        if self.is_proven or self.interrupted:
+            return
+        deadline = self.began + limit_s
+        proof = NestedBound(self.problem)
+
+        def known_us() -> int:
+            self._take_bound(proof.bound)
+            self._report(Event(proof.bound.kind, self._spent_s, None, proof.bound.value_us))
+            if self.bound.value_us >= self._incumbent_us:
+                self._proven.set()
+            return self._incumbent_us
+
+        def prove() -> None:
+            proof.run(known_us, deadline=deadline, work_limit=self._work(_SEARCH_SHARE))
+
+        with _beside(prove, proof.stop) as thread:
+            if num_ops > _EXACT_OPS:
+                self.notes.append(f"cp-sat not tried: {num_ops} ops, more than {_EXACT_OPS}")
+            elif num_ops > _TINY_OPS:
+                self.stage(CpSat(work_limit=self._work(_SMALL_SHARE)), _SMALL_SHARE * limit_s)
+            periodic = PeriodicSchedule()
+            if self.work_limit is not None:
+                periodic.work_limit = self._work(_PERIODIC_SHARE)
+            self.stage(periodic, _PERIODIC_SHARE * limit_s)
+            self.limited_by_time = self._neighbourhoods(deadline, self._work(_SEARCH_SHARE))
+            if self.work_limit is not None and not self.is_proven and not self.interrupted:
+                thread.wait()
+        self._take_bound(proof.bound)
+        self.limited_by_time = self.limited_by_time or proof.limited_by_time
+
+    def _work(self, share: float) -> float | None:
+        return None if self.work_limit is None else self.work_limit * share
 
     @property
     def is_proven(self) -> bool:
         """Whether the bound meets the order."""
         return self.best is not None and self.bound.value_us >= self._best_us
+
+    @property
+    def _best_order(self) -> Order:
+        assert self.best is not None
+        assert self.best.order is not None
+        return self.best.order
 
     @property
     def _best_us(self) -> int:
@@ -161,41 +189,47 @@ class _Run:
         self.notes.append(f"{backend.name} {found.seconds:.1f} s" + (f" ({found.note})" if found.note else ""))
         self._take(found)
 
-    def search_and_prove(self, until_s: float, work_limit: float | None) -> None:
-        """Neighbourhood search here, the nested bound in a thread of its own, until one meets the other."""
-        until_s = min(until_s, self.time_limit_s)
-        if self.is_proven or self.interrupted:
-            return
-        if until_s - self._spent_s < _MIN_RUN_S:
-            self.limited_by_time = True
-            return
-        deadline = self.began + until_s
-        stop_search = threading.Event()
-        search = NeighbourhoodSearch(work_limit=work_limit, cancel=stop_search)
-        proof = NestedBound(self.problem)
+    def _neighbourhoods(self, deadline: float, work_limit: float | None) -> bool:
+        """Search from the best order; where that finds nothing any more, in turn from others. Whether time ended it.
 
-        def known_us() -> int:
-            self._take_bound(proof.bound)
-            self._report(Event(proof.bound.kind, self._spent_s, None, proof.bound.value_us))
-            if self.bound.value_us >= self._incumbent_us:
-                stop_search.set()
-            return self._incumbent_us
-
-        with _beside(lambda: proof.run(known_us, deadline=deadline, work_limit=work_limit), proof.stop) as thread:
+        Windows cannot leave a bad steady state, and which one is good is only seen after a while of search.
+        """
+        left_work = float("inf") if work_limit is None else work_limit
+        others = self._other_starts()
+        order, share = self._best_order, _STAY_WORK
+        num_runs = 0
+        while True:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return True
+            if left_work <= 0 or self.is_proven or self.interrupted or self._proven.is_set():
+                return False
+            before_us = self._best_us
+            search = NeighbourhoodSearch(work_limit=min(share, left_work), cancel=self._proven)
             found = search.solve(
                 self.problem,
-                time_limit_s=deadline - time.monotonic(),
-                seed=self.seed,
-                hint=None if self.best is None else self.best.order,
+                time_limit_s=left_s,
+                seed=self.seed + num_runs,
+                hint=order,
                 on_progress=self._report,
                 bound=self.bound,
             )
-            self.notes.append(f"{search.name} {found.seconds:.1f} s ({found.note})")
-            self._take(replace(found, interrupted=found.interrupted and not stop_search.is_set()))
-            if work_limit is not None and not self.is_proven and not self.interrupted:
-                thread.wait()
-        self._take_bound(proof.bound)
-        self.limited_by_time = found.limited_by_time or proof.limited_by_time
+            num_runs += 1
+            left_work -= share
+            self._take(replace(found, interrupted=found.interrupted and not self._proven.is_set()))
+            if num_runs == 1 or self._best_us < before_us:
+                self.notes.append(f"{search.name} {found.seconds:.1f} s ({found.note})")
+            other = None if self._best_us < before_us else next(others, None)
+            order, share = (self._best_order, _STAY_WORK) if other is None else (other, _TRY_WORK)
+
+    def _other_starts(self) -> Iterator[Order | None]:
+        """Orders of the first rules, and between them None: the best order again."""
+        if self.problem.num_ops > _RESTART_OPS:
+            return
+        simulator = Simulator(self.problem)
+        for rule in rule_family(self.problem):
+            yield simulator.order(simulator.run(rule))
+            yield None
 
     def answer(self) -> PipelineSolution:
         """What came out of it."""
