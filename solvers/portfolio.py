@@ -82,6 +82,7 @@ class _Run:
     _found_us: int | None = None  # the least cost a running search has reported
     limited_by_time: bool = False
     interrupted: bool = False
+    starts: list[Order] = field(default_factory=list)  # found without the best order, worth a search of their own
     notes: list[str] = field(default_factory=list)
     _proven: threading.Event = field(default_factory=threading.Event)  # by the thread, of a running search
 
@@ -114,7 +115,7 @@ class _Run:
             periodic = PeriodicSchedule()
             if self.work_limit is not None:
                 periodic.work_limit = self._work(_PERIODIC_SHARE)
-            self.stage(periodic, _PERIODIC_SHARE * limit_s)
+            self.stage(periodic, _PERIODIC_SHARE * limit_s, from_best=False)
             self.limited_by_time = self._neighbourhoods(deadline, self._work(_SEARCH_SHARE))
             if self.work_limit is not None and not self.is_proven and not self.interrupted:
                 thread.wait()
@@ -169,8 +170,8 @@ class _Run:
                 )
             )
 
-    def stage(self, backend: Backend, most_s: float) -> None:
-        """Run one backend from the best order for at most that long, and take what it found."""
+    def stage(self, backend: Backend, most_s: float, *, from_best: bool = True) -> None:
+        """Run one backend for at most that long, from the best order or by itself, and take what it found."""
         left_s = min(most_s, self.time_limit_s - self._spent_s)
         if self.is_proven or self.interrupted:
             return
@@ -181,11 +182,13 @@ class _Run:
             self.problem,
             time_limit_s=max(left_s, 0.01),
             seed=self.seed,
-            hint=None if self.best is None else self.best.order,
+            hint=self.best.order if self.best is not None and from_best else None,
             on_progress=self._report,
             workers=self.workers,
             bound=self.bound,
         )
+        if not from_best and found.order is not None:
+            self.starts.append(found.order)
         self.notes.append(f"{backend.name} {found.seconds:.1f} s" + (f" ({found.note})" if found.note else ""))
         self._take(found)
 
@@ -223,7 +226,11 @@ class _Run:
             order, share = (self._best_order, _STAY_WORK) if other is None else (other, _TRY_WORK)
 
     def _other_starts(self) -> Iterator[Order | None]:
-        """Orders of the first rules, and between them None: the best order again."""
+        """The steady state's order, those of the first rules, and between them None: the best order again."""
+        for order in self.starts:
+            if order != self._best_order:
+                yield order
+                yield None
         if self.problem.num_ops > _RESTART_OPS:
             return
         simulator = Simulator(self.problem)
