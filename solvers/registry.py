@@ -1,11 +1,12 @@
 """The registry of pipeline backends, and the portfolio that `auto` stands for. A new backend is a file and a row."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, cast
 
 from solvers.backend import Backend, Event
+from solvers.list_scheduling import ListScheduling
 from solvers.pipeline import Order, PipelineProblem, PipelineSolution
 
 Progress = Event
@@ -81,6 +82,10 @@ def solve_pipeline(
     obstacle = backend.why_not(problem)
     if obstacle is not None:
         raise ValueError(f"solver {solver!r} does not take this problem: {obstacle}")
-    return backend.solve(
-        problem, time_limit_s=time_limit_s, seed=seed, hint=hint, on_progress=on_progress, workers=workers
-    )
+    try:
+        return backend.solve(
+            problem, time_limit_s=time_limit_s, seed=seed, hint=hint, on_progress=on_progress, workers=workers
+        )
+    except KeyboardInterrupt:  # outside its search: an order that takes no time to make
+        quick = ListScheduling(max_rules=1).solve(problem, time_limit_s=time_limit_s, seed=seed, hint=hint)
+        return replace(quick, interrupted=True)

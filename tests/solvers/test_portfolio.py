@@ -64,7 +64,7 @@ def test_stages_share_the_bound_and_the_order(monkeypatch):
             seen.append((hint, bound))
             return ListScheduling(max_rules=1).solve(problem, time_limit_s=60, hint=hint, bound=Bound(7, "probe"))
 
-    monkeypatch.setattr(portfolio, "PeriodicSchedule", Probe)
+    monkeypatch.setattr(portfolio, "CpSat", lambda work_limit: Probe())
     solve_pipeline(HARD, time_limit_s=3)
     (hint, bound), *_ = seen
     assert HARD.evaluate(hint).fits
