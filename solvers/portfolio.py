@@ -28,7 +28,8 @@ from solvers.periodic import PeriodicSchedule
 from solvers.pipeline import Order, PipelineProblem, PipelineSolution, Status
 
 NAME = "auto"
-_LIST_SHARE, _PERIODIC_SHARE, _SMALL_SHARE, _TINY_SHARE = 0.2, 0.25, 0.15, 0.5  # of the limit, at most
+_LIST_SHARE, _SMALL_SHARE, _TINY_SHARE = 0.2, 0.15, 0.5  # of the limit, at most
+_PERIODIC_SHARE, _CHUNKS_SHARE = 0.25, 0.6  # with one stage per rank, and with more, where patterns matter most
 _TINY_OPS = 300
 _EXACT_OPS = 1000  # above this CP-SAT proves nothing in the time people wait
 _MIN_RUN_S = 0.2  # less than this is not worth another run
@@ -95,6 +96,7 @@ class _Run:
         if self.is_proven or self.interrupted:
             return
         deadline = self.began + limit_s
+        has_chunks = self.problem.num_stages > self.problem.num_ranks
         proof = NestedBound(self.problem)
 
         def known_us() -> int:
@@ -105,6 +107,8 @@ class _Run:
             return self._incumbent_us
 
         def prove() -> None:
+            if has_chunks and num_ops > _EXACT_OPS:
+                return  # programs too large to gain on the other bounds, and in the way of the search
             proof.run(known_us, deadline=deadline, work_limit=self._work(_SEARCH_SHARE))
 
         with _beside(prove, proof.stop) as thread:
@@ -112,10 +116,11 @@ class _Run:
                 self.notes.append(f"cp-sat not tried: {num_ops} ops, more than {_EXACT_OPS}")
             elif num_ops > _TINY_OPS:
                 self.stage(CpSat(work_limit=self._work(_SMALL_SHARE)), _SMALL_SHARE * limit_s)
+            share = _CHUNKS_SHARE if has_chunks else _PERIODIC_SHARE
             periodic = PeriodicSchedule()
             if self.work_limit is not None:
-                periodic.work_limit = self._work(_PERIODIC_SHARE)
-            self.stage(periodic, _PERIODIC_SHARE * limit_s, from_best=False)
+                periodic.work_limit = self._work(share)
+            self.stage(periodic, share * limit_s, from_best=False)
             self.limited_by_time = self._neighbourhoods(deadline, self._work(_SEARCH_SHARE))
             if self.work_limit is not None and not self.is_proven and not self.interrupted:
                 thread.wait()
