@@ -160,6 +160,7 @@ class _Search:
         topological = sorted(range(ops.count), key=lambda n: start_us[ops.keys[n]])
         self.per_rank = ops.count * problem.num_ranks <= _EXACT_CELLS
         self.incumbent = Incumbent(ops, topological, self.per_rank)
+        self.best = self.incumbent  # the first of its cost: where the search is cancelled does not change it
         widths = sorted({w for w in (2, 4, 8) if w < problem.num_ranks} | {problem.num_ranks})
         self.arms = [_Arm(place, width) for place in ("start", "end", "critical", "any") for width in widths]
         self.free_ops = dict.fromkeys(widths, float(_FIRST_FREE))
@@ -167,8 +168,8 @@ class _Search:
         self.since_release = 0
 
     def order(self) -> Order:
-        """The incumbent in the problem's own form."""
-        position, number = self.incumbent.position, self.ops.number
+        """The best order in the problem's own form."""
+        position, number = self.best.position, self.ops.number
         return order_by(self.problem, lambda key: position[number(key)])
 
     def run(self, deadline: float, work_limit: float | None, cancel: threading.Event | None) -> bool:
@@ -264,6 +265,7 @@ class _Search:
         self.incumbent = new
         self.crossings = None
         if new.cost_us < old.cost_us:
+            self.best = new
             self.num_improved += 1
             if self.on_progress is not None:
                 seconds = time.monotonic() - self.began

@@ -121,11 +121,11 @@ class _Run:
             if self.work_limit is not None:
                 periodic.work_limit = self._work(share)
             self.stage(periodic, share * limit_s, from_best=False)
-            self.limited_by_time = self._neighbourhoods(deadline, self._work(_SEARCH_SHARE))
+            out_of_time = self._neighbourhoods(deadline, self._work(_SEARCH_SHARE))
             if self.work_limit is not None and not self.is_proven and not self.interrupted:
                 thread.wait()
         self._take_bound(proof.bound)
-        self.limited_by_time = self.limited_by_time or proof.limited_by_time
+        self.limited_by_time = self.limited_by_time or out_of_time or proof.limited_by_time
 
     def _work(self, share: float) -> float | None:
         return None if self.work_limit is None else self.work_limit * share
@@ -160,6 +160,7 @@ class _Run:
         """Begin with this order if it fits."""
         if hint is None:
             return
+        hint = self.problem.canonical(hint)
         score = self.problem.evaluate(hint)
         if score.fits:
             self._take_order(
@@ -263,7 +264,7 @@ class _Run:
         self._take_order(found)
         self._take_bound(Bound(found.lower_bound_us, found.lower_bound_kind))
         self.interrupted = self.interrupted or found.interrupted
-        self.limited_by_time = found.limited_by_time
+        self.limited_by_time = self.limited_by_time or found.limited_by_time
 
     def _take_order(self, found: PipelineSolution) -> None:
         if found.score is not None and (self.best is None or found.score.objective_us < self._best_us):
