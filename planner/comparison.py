@@ -63,6 +63,7 @@ def compare(
         refused=refused,
         seed=seed,
         time_limit_s=time_limit_s,
+        work_limit=work_limit,
         limited_by_time=best.limited_by_time,
         interrupted=best.interrupted,
     )

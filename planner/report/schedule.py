@@ -24,7 +24,7 @@ def render_schedule(answer: ScheduleAnswer) -> str:
             + (", of all placements below" if answer.comparison else ""),
         ),
         ("peak memory", _per_rank(answer.peak_memory)),
-        ("limits", _limits(answer.time_limit_s, answer.seed, answer.limited_by_time, answer.interrupted)),
+        ("limits", _limits(answer)),
     ]
     parts: list[RenderableType] = [facts(rows)]
     if answer.comparison:
@@ -51,7 +51,7 @@ def render_comparison(comparison: Comparison) -> str:
         ),
         (
             "limits",
-            _limits(comparison.time_limit_s, comparison.seed, comparison.limited_by_time, comparison.interrupted),
+            _limits(comparison),
         ),
     ]
     if comparison.memory_capacity is not None:
@@ -124,9 +124,11 @@ def _per_rank(sizes: Sequence[int | str]) -> str:
     return f"{sizes[least]} to {sizes[most]}, most on rank {most}"
 
 
-def _limits(time_limit_s: float, seed: int, limited_by_time: bool, interrupted: bool) -> str:
+def _limits(answer: ScheduleAnswer | Comparison) -> str:
     return (
-        f"{time_limit_s:g} s, seed {seed}"
-        + (", cut short by the time limit: another run may differ" if limited_by_time else "")
-        + (", interrupted" if interrupted else "")
+        f"{answer.time_limit_s:g} s"
+        + (f", work {answer.work_limit:g}" if answer.work_limit is not None else "")
+        + f", seed {answer.seed}"
+        + (", cut short by the time limit: another run may differ" if answer.limited_by_time else "")
+        + (", interrupted" if answer.interrupted else "")
     )

@@ -51,6 +51,7 @@ class ScheduleAnswer(Facts):
     solve_seconds: NonNegative
     seed: int
     time_limit_s: NonNegative
+    work_limit: NonNegative | None = None  # in CP-SAT's deterministic time
     limited_by_time: bool  # a wall-clock limit cut the search: another run may end elsewhere
     interrupted: bool
     comparison: tuple[PlacementRow, ...] = ()  # best first; empty unless the placement was chosen
@@ -97,5 +98,6 @@ class Comparison(Facts):
     refused: dict[str, str]  # families without a schedule for these numbers, and why
     seed: int
     time_limit_s: NonNegative
+    work_limit: NonNegative | None = None  # in CP-SAT's deterministic time
     limited_by_time: bool
     interrupted: bool
