@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from solvers.pipeline import PipelineProblem
+from solvers.timing import NEVER
 
 _CHAIN_CELLS = 12_000_000  # ops × ranks above which `chain_bound_us` would take seconds and gigabytes
 _ALL_PAIRS_RANKS = 16  # up to here `chain_bound_us` looks at every pair of ranks
-_NEVER = -(1 << 60)  # no path; adding durations to it never makes it a real time
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ def _heads_us(problem: PipelineProblem) -> npt.NDArray[np.int64]:
     num_stages, m = problem.num_stages, problem.num_microbatches
     span = problem.objective == "span"
     num_kinds = 4 if any(problem.has_recompute) else 3
-    heads = np.full((num_stages, num_kinds, m, problem.num_ranks if span else 1), _NEVER, dtype=np.int64)
+    heads = np.full((num_stages, num_kinds, m, problem.num_ranks if span else 1), NEVER, dtype=np.int64)
     forward, back, transfer = problem.forward_us, problem.back_us, problem.transfer_us
     weight = problem.weight_us
     rerun, recomputes = problem.rerun_us, problem.has_recompute
@@ -534,7 +534,7 @@ def _tails_us(problem: PipelineProblem) -> npt.NDArray[np.int64]:
     num_stages, m = problem.num_stages, problem.num_microbatches
     span = problem.objective == "span"
     num_kinds = 4 if any(problem.has_recompute) else 3
-    tails = np.full((num_stages, num_kinds, m, problem.num_ranks if span else 1), _NEVER, dtype=np.int64)
+    tails = np.full((num_stages, num_kinds, m, problem.num_ranks if span else 1), NEVER, dtype=np.int64)
     forward, back, transfer = problem.forward_us, problem.back_us, problem.transfer_us
     weight = [w if has else 0 for w, has in zip(problem.weight_us, problem.has_weight_op, strict=True)]
     rerun, recomputes = problem.rerun_us, problem.has_recompute

@@ -1,6 +1,6 @@
 """Memory of one rank in CP-SAT: a cumulative of what every op takes, from its start to the end that frees it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any
 
@@ -38,9 +38,14 @@ def add_memory(
                 held.append((starts["R", s, j], back_end, rest - kept_of_rest))
                 held.append((starts["R", s, j], last_end, kept_of_rest))
             held.append((starts[back], last_end, problem.extra_bytes[s]))
+    add_held(model, held, room, horizon)
+
+
+def add_held(model: Any, held: Sequence[tuple[Any, Any, int]], room: int, longest: int) -> None:
+    """Bytes held from a start to an end never exceed the room; nothing is held for more than `longest`."""
     held = [(start, end, size) for start, end, size in held if size]
     if sum(size for _, _, size in held) <= room:
         return
     unit = gcd(*(size for _, _, size in held))
-    rows = [model.new_interval_var(start, model.new_int_var(0, horizon, ""), end, "") for start, end, _ in held]
+    rows = [model.new_interval_var(start, model.new_int_var(0, longest, ""), end, "") for start, end, _ in held]
     model.add_cumulative(rows, [size // unit for _, _, size in held], room // unit)

@@ -12,12 +12,9 @@ import numpy.typing as npt
 
 from solvers.pipeline import PipelineProblem
 from solvers.searched_ops import Key, duration_us, searched_ops
-from solvers.timing import NO_NODE, TimingGraph
+from solvers.timing import NEVER, NO_NODE, TimingGraph
 
 PathRow = npt.NDArray[np.int64]  # one entry per column: a longest path, in µs
-
-NEVER = -(1 << 60)  # no path; adding durations to it never makes it a real time
-NEVER_LIMIT = -(1 << 59)
 
 
 class NumberedOps:
@@ -213,11 +210,8 @@ class Incumbent:
 
     def counts_before(self, place: int) -> dict[tuple[str, int], int]:
         """How many ops of every kind and stage come before this place in `topological`."""
-        position, every = self.position, range(self.ops.num_microbatches)
-        return {
-            name: bisect_left(every, place, key=lambda j, base=base: position[base + j])  # type: ignore[misc]
-            for name, base in self.ops.base.items()
-        }
+        position, m = self.position, self.ops.num_microbatches
+        return {name: bisect_left(position, place, base, base + m) - base for name, base in self.ops.base.items()}
 
     def crossings(self) -> list[int]:
         """Ops on critical paths that wait for an op of another rank, latest first."""

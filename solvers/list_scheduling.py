@@ -423,11 +423,7 @@ class Simulator:
                     wait_for.append(NO_NODE)
                     delay_us.append(0)
         graph = TimingGraph(first, duration_us, wait_for, delay_us)
-        topological = graph.topological_order()
-        if problem.objective == "span":
-            return graph.least_span(topological)[0]
-        starts_us = graph.earliest_starts_us(topological, [0] * problem.num_ranks)
-        return max(starts_us[n - 1] + duration_us[n - 1] for n in first[1:])
+        return graph.least_cost_us(span=problem.objective == "span")
 
 
 def changed_rule(rule: Rule, rng: random.Random, m: int, *, recomputes: bool) -> Rule:

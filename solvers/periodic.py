@@ -152,11 +152,7 @@ class Unrolled:
                 delay_us.append(delay)
                 length.append(self.length[node])
         graph = TimingGraph(first, length, wait_for, delay_us)
-        topological = graph.topological_order()
-        if self.problem.objective == "span":
-            return graph.least_span(topological)[0]
-        starts = graph.earliest_starts_us(topological, [0] * graph.num_ranks)
-        return max(starts[n - 1] + length[n - 1] for n in first[1:])
+        return graph.least_cost_us(span=self.problem.objective == "span")
 
     def filled(self, sequences: Sequences, slack: float) -> Sequences:
         """The order with its gaps filled by ops from behind, see the module's docstring."""

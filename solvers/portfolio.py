@@ -51,7 +51,7 @@ def solve_portfolio(
 ) -> PipelineSolution:
     """The best order of the portfolio, never worse than a hint that fits, with the best bound.
 
-    `work_limit` is in CP-SAT's deterministic time, about seconds on one core; it is shared out like the time.
+    `work_limit` is in CP-SAT's deterministic time, about seconds on one core; every part gets its share.
     """
     began = time.monotonic()
     if not problem.is_feasible():

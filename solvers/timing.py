@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 NO_NODE = -1
-_UNREACHED = -(1 << 60)  # adding durations to it never reaches a real time
-_UNREACHED_LIMIT = -(1 << 59)
+NEVER = -(1 << 60)  # no path; adding durations to it never makes it a real time
+NEVER_LIMIT = -(1 << 59)
 
 
 class DeadlockError(ValueError):
@@ -89,9 +89,9 @@ class TimingGraph:
         """Longest path from the start of `source` to the end of every node; very negative where there is none."""
         duration_us, wait_for, delay_us = self.duration_us, self.wait_for, self.delay_us
         firsts = set(self.first[:-1])
-        end_us = [_UNREACHED] * len(duration_us)
+        end_us = [NEVER] * len(duration_us)
         for node in order:
-            start = _UNREACHED if node in firsts else end_us[node - 1]
+            start = NEVER if node in firsts else end_us[node - 1]
             needs = wait_for[node]
             if needs >= 0:
                 arrival = end_us[needs] + delay_us[node]
@@ -107,7 +107,7 @@ class TimingGraph:
         num_ranks = self.num_ranks
         duration_us, wait_for, delay_us = self.duration_us, self.wait_for, self.delay_us
         rank_of_first = {self.first[r]: r for r in range(num_ranks)}
-        end_us = np.full((len(duration_us), num_ranks), _UNREACHED, dtype=np.int64)
+        end_us = np.full((len(duration_us), num_ranks), NEVER, dtype=np.int64)
         for node in order:
             row = end_us[node]
             rank = rank_of_first.get(node)
@@ -121,6 +121,14 @@ class TimingGraph:
             row += duration_us[node]
         last = [self.first[r + 1] - 1 for r in range(num_ranks)]
         return np.ascontiguousarray(end_us[last].T)
+
+    def least_cost_us(self, *, span: bool) -> int:
+        """The least span, or the makespan with every node as soon as possible; DeadlockError if it cannot run."""
+        order = self.topological_order()
+        if span:
+            return self.least_span(order)[0]
+        starts_us = self.earliest_starts_us(order, [0] * self.num_ranks)
+        return max(starts_us[n - 1] + self.duration_us[n - 1] for n in self.first[1:])
 
     def least_span(self, order: Sequence[int]) -> tuple[int, list[int]]:
         """The least possible max over ranks of (end of last node − start of first node), and starts that attain it.
@@ -157,10 +165,10 @@ class TimingGraph:
 
 def _close(longest_us: npt.NDArray[np.int64], span_us: int) -> npt.NDArray[np.int64] | None:
     """Max-plus closure of L − C: the delays ranks force on each other, or None if a circle is positive."""
-    closed = np.where(longest_us > _UNREACHED_LIMIT, longest_us - span_us, _UNREACHED)
+    closed = np.where(longest_us > NEVER_LIMIT, longest_us - span_us, NEVER)
     for via in range(closed.shape[0]):
         if closed[via, via] > 0:
             return None
         through = closed[:, via, None] + closed[None, via, :]
-        np.maximum(closed, through, out=closed, where=through > _UNREACHED_LIMIT)
+        np.maximum(closed, through, out=closed, where=through > NEVER_LIMIT)
     return None if (closed.diagonal() > 0).any() else closed

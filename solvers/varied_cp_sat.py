@@ -15,6 +15,7 @@ from ortools.sat.python import cp_model
 from solvers.backend import OnProgress
 from solvers.bounds import Bound
 from solvers.cp_sat import run_model
+from solvers.cp_sat_memory import add_held
 from solvers.pipeline import Op, Order, PipelineScore, SolverError, Status
 from solvers.varied import VariedProblem
 
@@ -109,12 +110,11 @@ class _Model:
                 elif span:
                     model.add(begin <= starts[op])
         for s, limit in enumerate(base.in_flight_limit):
-            if limit < base.num_microbatches:
-                spans = []
-                for j in range(base.num_microbatches):
-                    first, last = Op("F", s, j), Op(kind_of_back[s], s, j)
-                    spans.append(self._interval(starts[first], starts[last] + length[last], horizon))
-                model.add_cumulative(spans, [1] * len(spans), limit)
+            in_flight = []
+            for j in range(base.num_microbatches):
+                first, last = Op("F", s, j), Op(kind_of_back[s], s, j)
+                in_flight.append((starts[first], starts[last] + length[last], 1))
+            add_held(model, in_flight, limit, horizon)
         model.minimize(cost)
 
         hinted = {
@@ -131,9 +131,6 @@ class _Model:
             model.add_hint(start, hinted[op] + shift)
         model.add_hint(cost, upper)
 
-    def _interval(self, start: Any, end: Any, horizon: int) -> Any:
-        return self.model.new_interval_var(start, self.model.new_int_var(0, horizon, ""), end, "")
-
     def _add_memory(self, rank: int, length: dict[Op, int], horizon: int) -> None:
         problem, base, starts = self._problem, self._problem.base, self._starts
         if base.room_bytes is None:
@@ -147,10 +144,7 @@ class _Model:
                 held.append((starts[forward], starts[back] + length[back], max(0, size - kept)))
                 held.append((starts[forward], starts[last] + length[last], min(size, kept)))
                 held.append((starts[back], starts[last] + length[last], problem.extra_bytes[s][j]))
-        held = [part for part in held if part[2]]
-        if sum(size for _, _, size in held) > base.room_bytes[rank]:
-            intervals = [self._interval(start, end, horizon) for start, end, _ in held]
-            self.model.add_cumulative(intervals, [size for _, _, size in held], base.room_bytes[rank])
+        add_held(self.model, held, base.room_bytes[rank], horizon)
 
     def cost_us(self, value: float) -> int:
         """What an answer with this objective value costs at most."""

@@ -18,14 +18,15 @@ cumulative constraint over what a microbatch holds, less what is held all throug
 """
 
 from dataclasses import dataclass, field
-from math import gcd
 from typing import Any
 
 import numpy as np
 from ortools.sat.python import cp_model
 
-from solvers.incumbent import NEVER, NEVER_LIMIT, Incumbent, PathRow
+from solvers.cp_sat_memory import add_held
+from solvers.incumbent import Incumbent, PathRow
 from solvers.status import SolverError
+from solvers.timing import NEVER, NEVER_LIMIT
 
 _FLOOR = 0.02  # the costs of ranks count down to this share below the incumbent
 
@@ -311,14 +312,7 @@ class WindowModel:
                     since = self.low_us - 1 if j < taken else start[taker + j]
                     until = self.high_us + 1 if j >= given_until else start[giver + j] + duration_us[giver + j]
                     rows.append((since, until, size))
-        if sum(size for _, _, size in rows) <= room:
-            return
-        unit = gcd(*(size for _, _, size in rows))
-        longest = self.high_us - self.low_us + 2
-        intervals = [
-            model.new_interval_var(since, model.new_int_var(0, longest, ""), until, "") for since, until, _ in rows
-        ]
-        model.add_cumulative(intervals, [size // unit for _, _, size in rows], room // unit)
+        add_held(model, rows, room, self.high_us - self.low_us + 2)
 
     def topological(self, solver: Any) -> list[int] | None:
         """All ops with the window in the solver's order; None if that is the order they have."""
