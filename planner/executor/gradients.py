@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from planner.executor.transport import LostPeerError, first_sentence
+from planner.executor.transport import telling_lost_peers
 
 BUCKET_BYTES = 25 * 2**20
 _MAX_ON_THE_WAY = 2  # buckets being reduced at once: one travels while the one before is copied back
@@ -39,7 +39,7 @@ def reduce_gradients(
     which.
     """
     on_the_way: deque[tuple[list[nn.Parameter], Tensor, dist.Work]] = deque()
-    try:
+    with telling_lost_peers("the data-parallel reduction"):
         for bucket in _buckets(parameters, bucket_bytes):
             flat = _flatten(bucket)
             work = dist.all_reduce(flat, group=group, async_op=True)
@@ -49,8 +49,6 @@ def reduce_gradients(
                 _take_back(*on_the_way.popleft())
         while on_the_way:
             _take_back(*on_the_way.popleft())
-    except RuntimeError as error:
-        raise LostPeerError(f"the data-parallel reduction broke: {first_sentence(error)}") from None
 
 
 def _flatten(bucket: Sequence[nn.Parameter]) -> Tensor:

@@ -29,7 +29,7 @@ from planner.executor.interpreter import Interpreter, LossFunction
 from planner.executor.program import rank_program
 from planner.executor.stage import Layer, Stage, build_layer
 from planner.executor.trace import RankTrace, Trace, Tracer
-from planner.executor.transport import Transport
+from planner.executor.transport import Transport, telling_lost_peers
 from planner.plans import Plan
 from planner.schedule.validation import check
 
@@ -161,7 +161,8 @@ class Pipeline:
             start = self.tracer.mark()
             reduce_gradients([p for p in self.parameters() if p.requires_grad], self._groups.data)
             if loss is not None:
-                dist.all_reduce(loss, group=self._groups.data)
+                with telling_lost_peers("the mean of the loss"):
+                    dist.all_reduce(loss, group=self._groups.data)
                 loss /= self.plan.layout.dp
             add_gradients(carried)
             self.tracer.record("reduce", None, None, start, start)
@@ -222,7 +223,8 @@ class Pipeline:
         """The traces of all processes on global rank 0, None elsewhere. Every process must call it."""
         mine = self.trace().model_dump_json()
         everyone: list[str] | None = [""] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(mine, everyone)
+        with telling_lost_peers("the gathering of traces"):
+            dist.gather_object(mine, everyone)
         if everyone is None:
             return None
         return Trace.gathered(RankTrace.model_validate_json(text) for text in everyone)
@@ -234,7 +236,8 @@ class Pipeline:
 
     def barrier(self) -> None:
         """Wait until every process of the job is here."""
-        dist.all_reduce(torch.zeros(1, device=self.device))
+        with telling_lost_peers("the barrier"):
+            dist.all_reduce(torch.zeros(1, device=self.device))
 
     def close(self) -> None:
         """Leave the job; the process group goes too if it was made here."""

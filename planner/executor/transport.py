@@ -9,7 +9,8 @@ from then on the shape is fixed, and the gradient that comes back has it too.
 
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -25,6 +26,15 @@ _MAX_DIMENSIONS = 8
 
 class LostPeerError(ExecutionError):
     """A transfer broke as the process at the other end is gone, or too slow: the cause lies elsewhere."""
+
+
+@contextmanager
+def telling_lost_peers(what: str) -> Iterator[None]:
+    """A collective that breaks does so because another process is gone: LostPeerError, with torch's reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostPeerError(f"{what} broke: {first_sentence(error)}") from None
 
 
 def first_sentence(error: RuntimeError) -> str:
