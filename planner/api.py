@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from planner.assembly import assemble, runners_up
-from planner.cost import Network, slowest_group
 from planner.errors import LayoutError, PlanError, ScheduleError
-from planner.layout import Dimensions, Pins, enumerate_space
-from planner.plans import Plan, ZeroStage
-from planner.pricing import Job, PricedLayout, Pricer
+from planner.jobs import prepare
+from planner.layout import Degrees, Pins, enumerate_space
+from planner.plans import Plan, Precision, RecomputePlan
+from planner.pricing import PricedLayout, Pricer
 from planner.schedule.families import get_family
 from planner.search import SearchProgress, SearchResult, search
 from planner.verify import verify
-from profiles.analytic import profile_model
 from profiles.catalog import load_cluster, load_model_spec
 from profiles.cluster import Cluster
 from profiles.errors import ProfileError
@@ -36,14 +35,21 @@ def plan(
     global_batch_size: int,
     sequence_length: int | None = None,
     dtype: Dtype | None = None,
-    tp: int | None = None,
-    pp: int | None = None,
-    dp: int | None = None,
-    virtual_stages: int | None = None,
-    micro_batch_size: int | None = None,
-    zero_stage: ZeroStage | None = None,
-    recompute: Recompute | None = None,
+    precision: Precision | None = None,
+    tp: Degrees = None,
+    pp: Degrees = None,
+    dp: Degrees = None,
+    cp: Degrees = None,
+    ep: Degrees = None,
+    virtual_stages: Degrees = None,
+    micro_batch_size: Degrees = None,
+    zero_stage: Degrees = None,
+    shard_degree: Degrees = None,
+    recompute: RecomputePlan | tuple[RecomputePlan, ...] | None = None,
+    sequence_parallel: bool | None = None,
     family: str = "auto",
+    excluded: Sequence[tuple[str, int | str]] = (),
+    overlap: bool | None = None,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     seed: int = 0,
     command: str = "",
@@ -52,19 +58,41 @@ def plan(
     """The fastest layout and schedule found for this model on this cluster, with its certificate.
 
     `model` is a catalogue name, a Hugging Face config.json, a profile file, or the facts themselves; `cluster` a
-    catalogue name, NODESxPER_NODExDEVICE, a cluster file, or the facts. Degrees that are given are pinned; then the
-    best layout without pins is priced beside the answer. `global_batch_size` counts sequences per optimizer step.
+    catalogue name, NODESxPER_NODExDEVICE, a cluster file, or the facts. Degrees that are given are pinned to a value
+    or to several, `excluded` names (dimension, value) pairs that must not be used; then the best layout without either
+    is priced beside the answer. `global_batch_size` counts sequences per optimizer step. `precision` says what is kept
+    in which dtype, where `dtype` alone means the usual mixed precision. `overlap`: whether data-parallel traffic runs
+    beside the backward, by default with estimated profiles, as Megatron-LM and FSDP do it, and not with measured ones,
+    as the bundled executor does not.
 
     Raises CatalogError, FileError, LayoutError or ProfileError for bad input, and InfeasibleError when no layout fits.
     """
     machines = cluster if isinstance(cluster, Cluster) else load_cluster(str(cluster))
     known = model if isinstance(model, ModelSpec | ModelProfile) else load_model(str(model))
     _check_numbers(global_batch_size, sequence_length, time_limit_s, dtype)
+    if precision is not None and dtype not in (None, precision.compute):
+        raise LayoutError(f"dtype {dtype} and precision.compute {precision.compute} disagree: give one of them")
     if family != "auto":
         get_family(family)
-    pins = Pins(tp, pp, dp, micro_batch_size, virtual_stages, zero_stage, recompute, family)
+    pins = Pins(
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        cp=cp,
+        ep=ep,
+        virtual_stages=virtual_stages,
+        micro_batch_size=micro_batch_size,
+        zero_stage=zero_stage,
+        shard_degree=shard_degree,
+        recompute=recompute,
+        sequence_parallel=sequence_parallel,
+        family=family,
+        excluded=tuple(excluded),
+    )
     free_pins = Pins(family=family)
-    job, dims = _prepare(known, machines, global_batch_size, sequence_length, dtype, pins)
+    job, dims = prepare(
+        known, machines, global_batch_size, sequence_length, precision or dtype, (pins, free_pins), overlaps=overlap
+    )
     share = _PINNED_SHARE if pins.any else 1.0
     result = search(
         job, enumerate_space(dims, pins), pins, time_limit_s=time_limit_s * share, seed=seed, on_progress=on_progress
@@ -100,7 +128,7 @@ def plan(
 
 def _beside_pinned(pinned: PricedLayout, free: SearchResult) -> list[tuple[str, PricedLayout]]:
     """The layouts of a search without pins, the best of them named, also where it is the pinned one."""
-    others = [priced for priced in runners_up(free) if priced.candidate[:3] != pinned.candidate[:3]]
+    others = [priced for priced in runners_up(free) if priced.candidate.degrees != pinned.candidate.degrees]
     return [("without pins", free.ranked[0]), *(("", priced) for priced in others)]
 
 
@@ -194,70 +222,3 @@ def _check_numbers(
         raise LayoutError(f"time limit {time_limit_s}: give a finite number of seconds above 0")
     if dtype is not None and dtype not in BYTES_PER_ELEMENT:
         raise LayoutError(f"dtype {dtype!r} is not known; choose one of {', '.join(BYTES_PER_ELEMENT)}")
-
-
-def _prepare(
-    known: ModelSpec | ModelProfile,
-    machines: Cluster,
-    global_batch_size: int,
-    sequence_length: int | None,
-    dtype: Dtype | None,
-    pins: Pins,
-) -> tuple[Job, Dimensions]:
-    if isinstance(known, ModelProfile):
-        return _prepare_profile(known, machines, global_batch_size, sequence_length, dtype, pins)
-    length = sequence_length or known.sequence_length
-    precision = dtype or _default_dtype(machines)
-    dims = Dimensions(known, machines, global_batch_size, length, known.num_layers + 2)
-    candidates = {*enumerate_space(dims, pins).candidates, *enumerate_space(dims, Pins()).candidates}
-    variants = sorted({candidate.variant(length, precision) for candidate in candidates}, key=str)
-    if not variants:
-        raise LayoutError(
-            f"no layout divides: {machines.num_devices} devices, global batch size {global_batch_size}, "
-            f"{known.num_heads} heads, {dims.num_layers} layers; choose a batch with more divisors"
-        )
-    device = slowest_group(machines, precision).device
-    profile = profile_model(known, device, variants, tp_link=Network(machines).tensor_parallel())
-    return Job(profile, machines, global_batch_size, length, precision), dims
-
-
-def _prepare_profile(
-    profile: ModelProfile,
-    machines: Cluster,
-    global_batch_size: int,
-    sequence_length: int | None,
-    dtype: Dtype | None,
-    pins: Pins,
-) -> tuple[Job, Dimensions]:
-    lengths = sorted({v.sequence_length for v in profile.variants})
-    dtypes = sorted({v.dtype for v in profile.variants})
-    length = sequence_length or lengths[-1]
-    precision = dtype or dtypes[0]
-    if length not in lengths or precision not in dtypes:
-        raise ProfileError(
-            f"profile of {profile.model.name!r} holds sequence lengths {lengths} in {', '.join(dtypes)}, not {length} "
-            f"in {precision}; plan with those, or profile again"
-        )
-    sizes = tuple(sorted({v.micro_batch_size for v in profile.variants}))
-    for name in ("tp", "micro_batch_size", "recompute"):
-        known, wanted = sorted({getattr(v, name) for v in profile.variants}), getattr(pins, name)
-        if wanted is not None and wanted not in known:
-            raise ProfileError(
-                f"profile of {profile.model.name!r} holds {name} {', '.join(map(str, known))}, not {wanted}; "
-                "plan with those, or profile again"
-            )
-    kinds = {group.device.kind for group in machines.groups}
-    if profile.origin.device_kind is not None and kinds != {profile.origin.device_kind}:
-        raise ProfileError(
-            f"the profile was measured on {profile.origin.device} ({profile.origin.device_kind}), cluster "
-            f"{machines.name!r} is made of {', '.join(sorted(kinds))} devices; profile on such a device, or plan the "
-            "model by name"
-        )
-    dims = Dimensions(profile.model, machines, global_batch_size, length, profile.num_layers, sizes)
-    return Job(profile, machines, global_batch_size, length, precision), dims
-
-
-def _default_dtype(machines: Cluster) -> Dtype:
-    """The first of bfloat16, float16 and float32 that every device computes in."""
-    names: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
-    return next((n for n in names if all(n in group.device.peak_flops for group in machines.groups)), "float32")

@@ -4,7 +4,7 @@ from hashlib import sha256
 from importlib.metadata import version
 
 from planner.memory import RESERVE_FRACTION
-from planner.plans import Alternative, Certificate, Layout, Plan, Prediction, Provenance
+from planner.plans import Alternative, Certificate, Layout, Plan, Prediction, Provenance, RecomputePlan
 from planner.pricing import Job, PricedLayout
 from planner.search import SearchResult
 from profiles.facts import canonical_json
@@ -34,7 +34,7 @@ def assemble(
         architecture=job.profile.architecture,
         sequence_length=job.sequence_length,
         global_batch_size=job.global_batch_size,
-        dtype=job.dtype,
+        precision=job.precision,
         layout=_layout(best),
         stages=best.cut.stages,
         family=best.family,
@@ -80,8 +80,8 @@ def runners_up(result: SearchResult) -> list[PricedLayout]:
     """The best layout of each (tp, pp, dp) whose best was looked for, but that of the answer; best first."""
     best: dict[tuple[int, ...], PricedLayout] = {}
     for priced in result.ranked[1:]:
-        best.setdefault(priced.candidate[:3], priced)
-    answer = result.ranked[0].candidate[:3]
+        best.setdefault(priced.candidate.degrees, priced)
+    answer = result.ranked[0].candidate.degrees
     return [priced for degrees, priced in best.items() if degrees in result.runners_up and degrees != answer]
 
 
@@ -118,26 +118,33 @@ def _mfu(job: Job, flops: float, step_us: float) -> float:
 
 
 def _layout(priced: PricedLayout) -> Layout:
-    c = priced.candidate
+    c, layers = priced.candidate, priced.cut.recompute_of_layer
+    blocks = set(layers[1:-1]) or {"none"}
+    recompute: RecomputePlan = blocks.pop() if len(blocks) == 1 else "mixed"
     return Layout(
         tp=c.tp,
         pp=c.pp,
         dp=c.dp,
+        cp=c.cp,
+        ep=c.ep,
         virtual_stages=c.virtual_stages,
         micro_batch_size=c.micro_batch_size,
         num_microbatches=c.num_microbatches,
         zero_stage=c.zero_stage,
-        recompute=c.recompute,
+        shard_degree=c.shard_degree,
+        sequence_parallel=c.sequence_parallel,
+        recompute=recompute,
+        recompute_of_layer=layers if recompute == "mixed" else (),
         layers_per_stage=priced.cut.layers_per_stage,
         rank_of_stage=priced.cut.rank_of_stage,
-        devices=tuple(range(c.tp * c.pp * c.dp)),
+        devices=tuple(range(c.tp * c.pp * c.dp * c.cp)),
     )
 
 
 def _assumptions(job: Job) -> tuple[str, ...]:
     notes = [
         f"costs {job.profile.origin.kind} for {job.profile.origin.device};",
-        "data-parallel traffic is not overlapped;",
+        f"data-parallel traffic {'runs beside the backward' if job.overlaps else 'is not overlapped'};",
         f"{RESERVE_FRACTION:.0%} of device memory is kept free;",
         "processes are laid out tensor-parallel first, then data, then pipeline.",
     ]

@@ -1,25 +1,21 @@
-"""The price of a layout: stage costs, transfers, data-parallel traffic, and a floor under all of it.
+"""The price of a layout's stages, and a floor under the price of every cut and order of a candidate.
 
-step time = pipeline (simulated, transfers included) + exposed data-parallel traffic + optimizer step.
-Data-parallel reduction starts when the whole pipeline has ended, so all of it is exposed: close to what the bundled
-executor does, and an upper bound for engines that overlap it.
+step time = max over ranks of (end of its last action + data-parallel traffic that shows) + optimizer step.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from planner.layout import Candidate
-from planner.memory import GRADIENT_BYTES
 from planner.plans import StageCosts
-from profiles.cluster import Cluster, DeviceSpec, Link, NodeGroup
-from profiles.model import BYTES_PER_ELEMENT, Dtype, LayerProfile, MeasuredLinks
+from planner.traffic import StepTraffic, optimizer_us
+from profiles.cluster import Cluster, DeviceSpec, NodeGroup
+from profiles.model import BYTES_PER_ELEMENT, Dtype, LayerProfile
 
 
 def slowest_group(cluster: Cluster, dtype: Dtype) -> NodeGroup:
@@ -35,84 +31,16 @@ def smallest_device(cluster: Cluster) -> DeviceSpec:
     return min((group.device for group in cluster.groups), key=lambda device: device.memory_bytes)
 
 
-def narrower(links: Iterable[Link]) -> Link:
-    """The link that gives the least to large transfers."""
-    return min(links, key=lambda link: (link.bandwidth_bytes_per_s * link.efficiency, -link.latency_us))
-
-
-class Network:
-    """Links as one layout sees them: global ranks are devices in order, tp fastest, then dp, then pp.
-
-    `measured` links, where a profile has them, stand for every link.
-    """
-
-    def __init__(self, cluster: Cluster, measured: MeasuredLinks | None = None) -> None:
-        self.cluster, self.measured = cluster, measured
-        self._nodes = np.array(cluster.node_of_device)
-        self._links: dict[tuple[str, int, int, int], Link] = {}
-
-    def tensor_parallel(self) -> Link:
-        """Between the devices of a tensor-parallel group, which stays inside a node."""
-        return narrower(group.intra_node for group in self.cluster.groups)
-
-    def pipeline(self, candidate: Candidate) -> Link:
-        """Between neighbouring pipeline ranks: the worst link that any pair of neighbours has."""
-        return self._cached("pipeline", candidate, self._pipeline)
-
-    def data_parallel(self, candidate: Candidate) -> Link:
-        """What one device gets out of a ring over its data-parallel group, in the worst of all groups.
-
-        A group with k members in a node runs k rings, one per network card, so it gets k times a card's bandwidth, up
-        to the bandwidth inside the node; the node with the fewest members sets the pace.
-        """
-        return self._cached("data", candidate, self._data_parallel)
-
-    def _cached(self, kind: str, candidate: Candidate, find: Callable[[Candidate], Link]) -> Link:
-        if self.measured is not None:
-            return self.measured.point_to_point if kind == "pipeline" else self.measured.all_reduce
-        key = (kind, candidate.tp, candidate.pp, candidate.dp)
-        if key not in self._links:
-            self._links[key] = find(candidate)
-        return self._links[key]
-
-    def _grid(self, candidate: Candidate) -> NDArray[np.int64]:
-        """The node of every device, shape (pp, dp, tp)."""
-        return self._nodes.reshape(candidate.pp, candidate.dp, candidate.tp)
-
-    def _pods(self, nodes: NDArray[np.int64]) -> NDArray[np.int64]:
-        return nodes // (self.cluster.nodes_per_pod or self.cluster.num_nodes)
-
-    def _outside(self, *, leaves_pod: bool) -> Link:
-        inter_pod = self.cluster.inter_pod
-        return narrower((self.cluster.inter_node, inter_pod)) if leaves_pod and inter_pod else self.cluster.inter_node
-
-    def _pipeline(self, candidate: Candidate) -> Link:
-        nodes = self._grid(candidate)
-        inside = self.tensor_parallel()
-        if bool((nodes[1:] == nodes[:-1]).all()):
-            return inside
-        pods = self._pods(nodes)
-        return narrower((inside, self._outside(leaves_pod=bool((pods[1:] != pods[:-1]).any()))))
-
-    def _data_parallel(self, candidate: Candidate) -> Link:
-        inside = self.tensor_parallel()
-        groups = np.unique(self._grid(candidate)[:, :, 0], axis=0)  # devices of one tensor-parallel group share a node
-        spread = [group for group in groups if group[0] != group[-1]]
-        if not spread:
-            return inside
-        outside = self._outside(leaves_pod=any(np.ptp(self._pods(group[[0, -1]])) for group in spread))
-        fewest = min(int(np.unique(group, return_counts=True)[1].min()) for group in spread)
-        bandwidth = min(
-            inside.bandwidth_bytes_per_s * inside.efficiency,
-            fewest * outside.bandwidth_bytes_per_s * outside.efficiency,
-        )
-        return Link(bandwidth_bytes_per_s=bandwidth, latency_us=outside.latency_us)
-
-
 def stage_costs(
-    layers: Sequence[LayerProfile], cuts: Sequence[int], rank_of_stage: Sequence[int], link: Link
+    layers: Sequence[LayerProfile],
+    cuts: Sequence[int],
+    rank_of_stage: Sequence[int],
+    transfer_us: Callable[[int], float],
 ) -> tuple[StageCosts, ...]:
-    """Sum layers into stages; `cuts` are the S − 1 inner bounds, stage s holds layers [cuts[s-1], cuts[s])."""
+    """Sum layers into stages; `cuts` are the S − 1 inner bounds, stage s holds layers [cuts[s-1], cuts[s]).
+
+    `transfer_us` is the time of that many bytes to the next pipeline rank.
+    """
     bounds = (0, *cuts, len(layers))
     stages = []
     for stage, (first, last) in enumerate(pairwise(bounds)):
@@ -128,43 +56,68 @@ def stage_costs(
                 fused_backward_us=sum(layer.fused_backward_us for layer in held),
                 optimizer_us=sum(layer.optimizer_us for layer in held),
                 parameter_bytes=sum(layer.parameter_bytes for layer in held),
+                expert_parameter_bytes=sum(layer.expert_parameter_bytes for layer in held),
                 activation_bytes=sum(layer.activation_bytes for layer in held),
                 weight_activation_bytes=sum(layer.weight_activation_bytes for layer in held),
                 output_bytes=0 if is_last else output,
                 temporary_bytes=max(layer.temporary_bytes for layer in held),
-                transfer_us=0.0 if local else link.transfer_us(output),
+                transfer_us=0.0 if local else transfer_us(output),
+                splits_backward=all(layer.variant.recompute == "none" for layer in held),
             )
         )
     return tuple(stages)
 
 
-def data_parallel_us(parameter_bytes: int, dtype: Dtype, candidate: Candidate, link: Link) -> float:
-    """Gradient reduction of one rank, in µs.
+def after_us(
+    stages: Sequence[StageCosts], candidate: Candidate, traffic: StepTraffic, dtype: Dtype
+) -> tuple[float, float]:
+    """(data-parallel traffic that shows, optimizer step) of the rank that hosts these stages."""
+    size = BYTES_PER_ELEMENT[dtype]
+    experts = sum(stage.expert_parameter_bytes for stage in stages)
+    dense = sum(stage.parameter_bytes for stage in stages) - experts
+    exposed = traffic.exposed_us(
+        dense / size,
+        experts / size,
+        sum(stage.forward_us for stage in stages),
+        sum(stage.fused_backward_us for stage in stages),
+    )
+    return exposed, optimizer_us(sum(stage.optimizer_us for stage in stages), candidate)
 
-    ZeRO 0: a ring all-reduce of the gradients. ZeRO 1: a reduce-scatter of the gradients, then an all-gather of the
-    updated weights in the compute dtype.
-    """
-    num_parameters = parameter_bytes // BYTES_PER_ELEMENT[dtype]
-    gradient_bytes = num_parameters * GRADIENT_BYTES[dtype]
-    if candidate.zero_stage == 0:
-        return link.all_reduce_us(gradient_bytes, candidate.dp)
-    return link.reduce_scatter_us(gradient_bytes, candidate.dp) + link.reduce_scatter_us(parameter_bytes, candidate.dp)
 
+class LayerFloor(NamedTuple):
+    """The least a layer can cost, over its choices of recomputation and over devices."""
 
-def optimizer_us(layer_sum_us: float, candidate: Candidate) -> float:
-    """Optimizer step of one rank, in µs; sharded over the data-parallel group from ZeRO stage 1 on."""
-    return layer_sum_us / candidate.dp if candidate.zero_stage >= 1 else layer_sum_us
+    forward_us: float
+    fused_us: float  # fused backward
+    work_us: float  # F and backward, split or fused, whichever is less
+    dense_parameters: float
+    expert_parameters: float
+    optimizer_us: float
+    output_bytes: int
+    hull: tuple[tuple[float, float], ...]  # (work µs, bytes × µs held per microbatch), more work for less memory
 
 
 @dataclass(frozen=True)
 class StepFloor:
-    """A lower bound on the step time of every partition and every schedule of one candidate."""
+    """A lower bound on the step time of every cut, choice of recomputation and order of one candidate.
 
-    layers: tuple[LayerProfile, ...]
+    Every rank r ends with exposed traffic e_r ≥ fixed + busy_r − hidden_r and the slowest optimizer step o ≥ o_r. All
+    of busy, hidden and optimizer are sums over a rank's layers, so a deadline M for the step leaves every layer a
+    *load* that a rank adds up:
+
+        head_r + m · work_r ≤ M − fixed − (rest: least optimizer) and head_r + m · work_r + busy_r − hidden_r + o_r ≤ M
+
+    with head_r the time before rank r can start. `step_us` is the least M at which the layers can be dealt to the
+    ranks so that neither is broken. With one chunk per rank, ranks take consecutive layers, and giving each as many as
+    fit is best (a later cut never hurts the ranks behind). With several chunks, the k-th rank that is entered waits for
+    at least k layers, and ranks are only asked to hold enough load between them, whole blocks at a time.
+    """
+
+    layers: tuple[LayerFloor, ...]
+    totals: LayerFloor  # sums over the layers
     candidate: Candidate
-    dtype: Dtype
-    pipeline_link: Link
-    data_link: Link
+    traffic: StepTraffic
+    hop_us: float  # least transfer to the next rank
     room_bytes: float = math.inf  # what all ranks of one replica together have for activations
 
     @cached_property
@@ -173,84 +126,113 @@ class StepFloor:
 
     @cached_property
     def _backward(self) -> list[float]:
-        return list(accumulate((layer.fused_backward_us for layer in self.layers), initial=0.0))
+        return list(accumulate((layer.fused_us for layer in self.layers), initial=0.0))
 
     @cached_property
-    def _work(self) -> list[float]:
-        return list(accumulate((_least_work_us(layer) for layer in self.layers), initial=0.0))
+    def _plain(self) -> list[float]:
+        """m · work of every layer, summed from the front."""
+        m = self.candidate.num_microbatches
+        return list(accumulate((m * layer.work_us for layer in self.layers), initial=0.0))
 
     @cached_property
-    def _byte_time(self) -> float:
-        """Bytes × µs that one microbatch holds over all layers."""
-        rest = held = 0.0
-        for layer in reversed(self.layers):
-            rest += layer.forward_us + min(layer.backward_input_us, layer.fused_backward_us)
-            held += layer.activation_bytes * rest
-        return held
+    def _loaded(self) -> list[float]:
+        """The same with traffic and optimizer."""
+        m = self.candidate.num_microbatches
+        return list(accumulate((m * layer.work_us + self._after_us(layer) for layer in self.layers), initial=0.0))
 
-    @property
-    def after_pipeline_us(self) -> float:
-        """Data-parallel traffic and optimizer of the busiest rank are at least those of the average rank."""
-        pp = self.candidate.pp
-        parameters = sum(layer.parameter_bytes for layer in self.layers)
-        traffic = data_parallel_us(parameters // pp, self.dtype, self.candidate, self.data_link)
-        return traffic + optimizer_us(sum(layer.optimizer_us for layer in self.layers) / pp, self.candidate)
+    @cached_property
+    def _ascends(self) -> bool:
+        return all(a <= b for a, b in pairwise(self._loaded))
+
+    def _after_us(self, layer: LayerFloor) -> float:
+        busy = self.traffic.busy_us(layer.dense_parameters, layer.expert_parameters)
+        hidden = self.traffic.hidden_us(layer.forward_us, layer.fused_us)
+        return busy - hidden + optimizer_us(layer.optimizer_us, self.candidate)
+
+    @cached_property
+    def quick_us(self) -> float:
+        """A weaker bound in no time: the average rank."""
+        totals, m, pp = self.totals, self.candidate.num_microbatches, self.candidate.pp
+        plain = m * totals.work_us / pp
+        return max(plain, plain + self._after_us(totals) / pp) + self.traffic.fixed_us
 
     def step_us(self, *, splits_backward: bool) -> float:
-        """The bound: pipeline floor plus what must follow it."""
-        return self.pipeline_us(splits_backward=splits_backward) + self.after_pipeline_us
-
-    def pipeline_us(self, *, splits_backward: bool) -> float:
-        """A lower bound on the makespan over all partitions and orders.
-
-        With one chunk per rank, rank r cannot start before the first microbatch has passed the stages before it, and
-        then has m microbatches to do; with fused backwards the last one still has to go back through those stages.
-        So makespan ≥ head(c_r) + m · work(c_r, c_{r+1}) for every r and the cuts c. Least over all cuts: with a
-        deadline M, let each rank in turn take as many layers as fit; that is optimal because m · (F + backward) of a
-        layer is at least its share of the head, so a later cut never hurts the ranks behind it. M by bisection.
-
-        With several chunks per rank, rank r > 0 waits for the first chunks of r ranks, all but the very first with a
-        block each at least (`head`), and the average over the ranks is a bound: m · work / p + mean of the heads.
-
-        Memory: a layer holds a microbatch from the start of its F to the end of its B, in between the microbatch passes
-        every later layer forward and back. The sum of bytes × lifetime fits in the room for activations × makespan.
-        """
-        m, pp = self.candidate.num_microbatches, self.candidate.pp
-        total = self._work[-1]
-        low = m * max(
-            total / pp, max(_least_work_us(layer) for layer in self.layers), self._byte_time / self.room_bytes
-        )
-        if pp == 1:
+        """The bound on the whole step; `splits_backward` if any order may run B and W apart."""
+        low = max(self.quick_us, self._memory_us())
+        if self.candidate.pp == 1:
             return low
-        if self.candidate.virtual_stages > 1:
-            block = min(layer.forward_us for layer in self.layers[1:-1])
-            if not splits_backward:
-                block += min(layer.fused_backward_us for layer in self.layers[1:-1])
-            return max(low, m * total / pp + block * (pp - 1) * (pp - 2) / (2 * pp))
-        hop = self.pipeline_link.transfer_us(min(layer.output_bytes for layer in self.layers[:-1]))
-        high = m * total + self._forward[-1] + self._backward[-1] + 2 * pp * hop
-        for _ in range(100):
+        chunks = self.candidate.virtual_stages > 1
+        high = 2 * low + self._forward[-1] + self._backward[-1] + 2 * self.candidate.pp * self.hop_us
+        fits = self._fits_chunks if chunks else self._fits
+        while not fits(high, splits_backward):
+            high *= 2
+        for _ in range(60):
             if high - low <= 1e-4 * low:
                 break
             middle = (low + high) / 2
-            if self._fits(middle, hop, splits_backward):
+            if fits(middle, splits_backward):
                 high = middle
             else:
                 low = middle
         return low
 
-    def _fits(self, deadline_us: float, hop_us: float, splits_backward: bool) -> bool:
-        m, cut, last = self.candidate.num_microbatches, 0, len(self.layers)
+    def _memory_us(self) -> float:
+        """Bytes × lifetime of all microbatches fit in the room × makespan, at the cost of recomputing what does not.
+
+        A layer holds a microbatch from the start of its F to the end of its B; in between the microbatch passes every
+        later layer, forward and back. Each layer may choose any point of its hull: taking the steepest pieces first,
+        M ≥ max(m · work(x) / p, m · held(x) / room) is least where the two meet.
+        """
+        m, pp = self.candidate.num_microbatches, self.candidate.pp
+        work = sum(layer.hull[0][0] for layer in self.layers)
+        held = sum(layer.hull[0][1] for layer in self.layers)
+        if math.isinf(self.room_bytes) or held / self.room_bytes <= work / pp:
+            return m * work / pp
+        pieces: list[tuple[float, float]] = []
+        for layer in self.layers:
+            for (work_a, held_a), (work_b, held_b) in pairwise(layer.hull):
+                pieces.append((work_b - work_a, held_a - held_b))
+        pieces.sort(key=lambda piece: piece[0] / piece[1])
+        for more_work, less_held in pieces:
+            if (held - less_held) / self.room_bytes <= (work + more_work) / pp:
+                share = (held / self.room_bytes - work / pp) / (more_work / pp + less_held / self.room_bytes)
+                return m * (work + share * more_work) / pp
+            work, held = work + more_work, held - less_held
+        return m * held / self.room_bytes
+
+    def _fits(self, deadline_us: float, splits_backward: bool) -> bool:
+        cut, last = 0, len(self.layers)
+        left = deadline_us - self.traffic.fixed_us
         for rank in range(self.candidate.pp):
-            head = self._forward[cut] + rank * hop_us
-            if not splits_backward:
-                head += self._backward[cut] + rank * hop_us
-            reach = bisect_right(self._work, self._work[cut] + (deadline_us - head) / m) - 1
-            cut = max(cut, reach)
+            head = self._forward[cut] + rank * self.hop_us
+            tail = 0.0 if splits_backward else self._backward[cut] + rank * self.hop_us
+            reach = bisect_right(self._plain, self._plain[cut] + left - head - tail)
+            if self._ascends:
+                reach = min(reach, bisect_right(self._loaded, self._loaded[cut] + left - head))
+            cut = max(cut, reach - 1)
             if cut >= last:
                 return True
         return False
 
+    def _fits_chunks(self, deadline_us: float, splits_backward: bool) -> bool:
+        """Whether the ranks can hold all blocks between them, each as many whole ones as its time allows."""
+        m, left = self.candidate.num_microbatches, deadline_us - self.traffic.fixed_us
+        blocks = self.layers[1:-1]
+        if not blocks:
+            return True
+        lightest = min(blocks, key=lambda layer: layer.work_us)
+        each_us = max(m * lightest.work_us, m * lightest.work_us + min(map(self._after_us, blocks)))
+        head_us = min(layer.forward_us for layer in blocks) + self.hop_us
+        if not splits_backward:
+            head_us += min(layer.fused_us for layer in blocks) + self.hop_us
+        held = total = 0.0
+        for rank in range(self.candidate.pp):
+            room = left - max(0, rank - 1) * head_us
+            held += math.floor(room / each_us + 1e-9) if room > 0 and each_us > 0 else 0
+            total += max(0.0, room)
+        return held >= len(blocks) and total >= max(self._plain[-1], self._loaded[-1])
 
-def _least_work_us(layer: LayerProfile) -> float:
+
+def least_work_us(layer: LayerProfile) -> float:
+    """F and the backward, in one piece or apart."""
     return layer.forward_us + min(layer.fused_backward_us, layer.backward_input_us + layer.backward_weight_us)

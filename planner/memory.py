@@ -1,21 +1,21 @@
 """Memory of one device, part by part.
 
-Model states per parameter, in bytes: with 16-bit compute 2 for the weight, 4 for the gradient that is accumulated
-in float32, 12 for the optimizer (float32 master weight and AdamW's two moments); with float32 or float64 the
-weight is its own master. ZeRO stage 1 shards the optimizer's part over the data-parallel group (a share of a
-parameter's bytes that does not divide is dropped, less than a byte per layer).
+Model states per parameter: the weight in the compute dtype, the gradient that is accumulated, the optimizer's master
+weight and two moments, each in its dtype (`planner.plans.Precision`). ZeRO stage 1 shards the optimizer's part over
+`shard_degree` devices, 2 the gradients too, 3 the weights too; what a layer then holds whole while it runs is part of
+its temporary bytes (`planner.traffic`).
 Source: ZeRO, arXiv 1910.02054, section 3.1; Megatron-LM's distributed optimizer accumulates in float32 likewise.
 """
 
 from collections.abc import Sequence
 
-from planner.plans import RankMemory, StageCosts
+from planner.layout import Candidate
+from planner.plans import Precision, RankMemory, StageCosts
+from planner.traffic import BYTES_OF
 from profiles.cluster import DeviceSpec
-from profiles.model import BYTES_PER_ELEMENT, Dtype
+from profiles.model import BYTES_PER_ELEMENT
 
 RESERVE_FRACTION = 0.06  # CUDA context, communicator buffers, allocator fragmentation: not a process's to fill
-GRADIENT_BYTES: dict[Dtype, int] = {"bfloat16": 4, "float16": 4, "float32": 4, "float64": 8}
-OPTIMIZER_BYTES: dict[Dtype, int] = {"bfloat16": 12, "float16": 12, "float32": 8, "float64": 16}
 
 
 def capacity_bytes(device: DeviceSpec) -> int:
@@ -23,12 +23,24 @@ def capacity_bytes(device: DeviceSpec) -> int:
     return int(device.memory_bytes * (1 - RESERVE_FRACTION))
 
 
-def model_state_bytes(parameter_bytes: int, dtype: Dtype, zero_stage: int, dp: int) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state for weights that take `parameter_bytes` in `dtype`."""
-    num_parameters = parameter_bytes // BYTES_PER_ELEMENT[dtype]
-    optimizer = num_parameters * OPTIMIZER_BYTES[dtype]
-    shard = optimizer // dp if zero_stage >= 1 else optimizer
-    return parameter_bytes, num_parameters * GRADIENT_BYTES[dtype], shard
+def model_state_bytes(
+    parameter_bytes: int, expert_parameter_bytes: int, candidate: Candidate, precision: Precision
+) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state for weights that take these bytes in the compute dtype.
+
+    Shards that do not divide are rounded down: less than a byte per layer.
+    """
+    size = BYTES_PER_ELEMENT[precision.compute]
+    master = 0 if precision.master_weights is None else BYTES_OF[precision.master_weights]
+    per_parameter = (size, BYTES_OF[precision.gradients], master + 2 * BYTES_OF[precision.optimizer])
+    expert_shard = min(candidate.shard_degree, candidate.dp * candidate.cp // candidate.ep)
+    totals = []
+    for stage, each in zip((3, 2, 1), per_parameter, strict=True):
+        sharded = candidate.zero_stage >= stage
+        dense = (parameter_bytes - expert_parameter_bytes) // size * each
+        experts = expert_parameter_bytes // size * each
+        totals.append(dense // candidate.shard_degree + experts // expert_shard if sharded else dense + experts)
+    return totals[0], totals[1], totals[2]
 
 
 def num_neighbours(rank_of_stage: Sequence[int], rank: int) -> int:
@@ -51,16 +63,18 @@ def rank_memory(
     rank_of_stage: Sequence[int],
     rank: int,
     *,
-    dtype: Dtype,
-    zero_stage: int,
-    dp: int,
+    candidate: Candidate,
+    precision: Precision,
     peak_activation_bytes: int,
     capacity: int,
 ) -> RankMemory:
     """Memory of one device of this pipeline rank, given what its activations take at their peak."""
     hosted = [stage for stage, host in zip(stages, rank_of_stage, strict=True) if host == rank]
     weights, gradients, optimizer = model_state_bytes(
-        sum(stage.parameter_bytes for stage in hosted), dtype, zero_stage, dp
+        sum(stage.parameter_bytes for stage in hosted),
+        sum(stage.expert_parameter_bytes for stage in hosted),
+        candidate,
+        precision,
     )
     return RankMemory(
         weight_bytes=weights,

@@ -3,7 +3,7 @@
 Everything a training job needs is inside: no catalogue, profile or cluster file has to be there when it runs.
 """
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,13 +12,33 @@ from planner.schedule.actions import Schedule
 from profiles.facts import Bytes, Count, Facts, Microseconds, NonNegative, NonNegativeCount
 from profiles.model import Dtype, ModelSpec, Recompute
 
-ZeroStage = Literal[0, 1]
+ZeroStage = Literal[0, 1, 2, 3]
+RecomputePlan = Literal[Recompute, "mixed"]
+RECOMPUTE_PLANS: tuple[RecomputePlan, ...] = (*get_args(Recompute), "mixed")
+"""What a layout does to all its blocks alike, or "mixed": each layer as `Layout.recompute_of_layer` says."""
+
+
+class Precision(Facts):
+    """What is kept in which dtype. Weights are kept in the compute dtype (bfloat16 under float8)."""
+
+    compute: Dtype
+    gradients: Dtype = "float32"  # as accumulated over microbatches and reduced over data-parallel devices
+    master_weights: Dtype | None = "float32"  # the optimizer's own copy; None: it updates the weights themselves
+    optimizer: Dtype = "float32"  # each of AdamW's two moments; float8 is one byte
+
+    @classmethod
+    def of(cls, compute: Dtype) -> Self:
+        """The usual choice: everything but weights in float32 for 16-bit compute, and all in one dtype else."""
+        if compute in ("float32", "float64"):
+            return cls(compute=compute, gradients=compute, master_weights=None, optimizer=compute)
+        return cls(compute=compute)
 
 
 class Layout(Facts):
     """How the model is cut and where its parts run.
 
-    A process's global rank is (pipeline_rank × dp + data_rank) × tp + tensor_rank.
+    A process's global rank is ((pipeline_rank × dp + data_rank) × cp + context_rank) × tp + tensor_rank. Expert groups
+    are ep consecutive of the dp × cp processes that hold the same shard of the dense layers.
     """
 
     tp: Count = 1
@@ -30,7 +50,10 @@ class Layout(Facts):
     micro_batch_size: Count
     num_microbatches: Count  # per data-parallel replica and step
     zero_stage: ZeroStage = 0
-    recompute: Recompute = "none"
+    shard_degree: Count = 1  # devices over which ZeRO shards: a divisor of dp × cp; less is hybrid sharding
+    sequence_parallel: bool = True  # of what tensor parallelism leaves whole; no meaning at tp=1
+    recompute: RecomputePlan = "none"
+    recompute_of_layer: tuple[Recompute, ...] = ()  # shape (num_layers,) where recompute is "mixed", else empty
     layers_per_stage: tuple[Count, ...]  # shape (pp × virtual_stages,), embedding and head counted as layers
     rank_of_stage: tuple[NonNegativeCount, ...]  # placement, shape (pp × virtual_stages,)
     devices: tuple[NonNegativeCount, ...]  # device index in the cluster of every global rank, shape (num_devices,)
@@ -49,9 +72,16 @@ class Layout(Facts):
     def degrees(self) -> str:
         """One line that tells two layouts apart."""
         chunks = f" v{self.virtual_stages}" if self.virtual_stages > 1 else ""
+        context = f" cp{self.cp}" if self.cp > 1 else ""
+        experts = f" ep{self.ep}" if self.ep > 1 else ""
         zero = f" zero{self.zero_stage}" if self.zero_stage else ""
-        recompute = " recompute" if self.recompute != "none" else ""
-        return f"tp{self.tp} pp{self.pp} dp{self.dp}{chunks} mbs{self.micro_batch_size}{zero}{recompute}"
+        hybrid = f"/{self.shard_degree}" if self.zero_stage and self.shard_degree < self.dp * self.cp else ""
+        sequence = "" if self.tp == 1 or self.sequence_parallel else " no-sp"
+        recompute = {"none": "", "selective": " sel-recompute", "full": " recompute", "mixed": " part-recompute"}
+        return (
+            f"tp{self.tp} pp{self.pp} dp{self.dp}{context}{experts}{chunks} mbs{self.micro_batch_size}"
+            f"{zero}{hybrid}{sequence}{recompute[self.recompute]}"
+        )
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -63,9 +93,15 @@ class Layout(Facts):
                 )
         if set(self.rank_of_stage) != set(range(self.pp)):
             raise ValueError(f"rank_of_stage {self.rank_of_stage} does not use exactly the ranks 0..{self.pp - 1}")
-        if self.cp != 1 or self.ep != 1:
+        if self.dp * self.cp % self.ep:
+            raise ValueError(f"ep={self.ep} does not divide dp={self.dp} × cp={self.cp}: experts lie inside them")
+        if self.dp * self.cp % self.shard_degree:
+            raise ValueError(f"shard_degree={self.shard_degree} does not divide dp={self.dp} × cp={self.cp}")
+        wanted = sum(self.layers_per_stage) if self.recompute == "mixed" else 0
+        if len(self.recompute_of_layer) != wanted:
             raise ValueError(
-                f"cp={self.cp} ep={self.ep}: context and expert parallelism are not planned yet, both are 1"
+                f"recompute_of_layer has {len(self.recompute_of_layer)} entries, recompute={self.recompute} needs "
+                f"{wanted}"
             )
         if len(self.devices) != self.num_devices or len(set(self.devices)) != self.num_devices:
             raise ValueError(f"devices names {len(set(self.devices))} devices, the degrees need {self.num_devices}")
@@ -81,11 +117,13 @@ class StageCosts(Facts):
     fused_backward_us: Microseconds
     optimizer_us: Microseconds
     parameter_bytes: Bytes
+    expert_parameter_bytes: Bytes = 0  # of parameter_bytes
     activation_bytes: Bytes
     weight_activation_bytes: Bytes
     output_bytes: Bytes
     temporary_bytes: Bytes
     transfer_us: Microseconds  # of its output to the next stage, and of that gradient back; 0 for the last
+    splits_backward: bool = True  # False where a layer recomputes: its backward runs in one piece
 
 
 class RankMemory(Facts):
@@ -183,7 +221,7 @@ class Plan(Facts):
     architecture: Literal["gpt2", "llama"] | None = None  # bundled torch model that `pipewright run` builds
     sequence_length: Count
     global_batch_size: Count  # sequences per optimizer step
-    dtype: Dtype
+    precision: Precision
     layout: Layout
     stages: tuple[StageCosts, ...]
     family: str  # "1f1b", "zb-h1", ..., or "auto" when a solver made the order
@@ -209,6 +247,11 @@ class Plan(Facts):
             if len(rows) != layout.pp:
                 raise ValueError(f"{name} has {len(rows)} rows, the layout has {layout.pp} pipeline ranks")
         return self
+
+    @property
+    def dtype(self) -> Dtype:
+        """What it computes in."""
+        return self.precision.compute
 
     @property
     def parsed_schedule(self) -> Schedule:

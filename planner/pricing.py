@@ -9,32 +9,74 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from planner.cost import Network, StepFloor, data_parallel_us, optimizer_us, smallest_device, stage_costs
+from planner.cost import LayerFloor, StepFloor, after_us, least_work_us, slowest_group, smallest_device, stage_costs
+from planner.errors import LayoutError
 from planner.layout import Candidate
 from planner.memory import buffer_bytes, capacity_bytes, model_state_bytes, num_neighbours, rank_memory
-from planner.plans import RankMemory, StageCosts
+from planner.plans import Precision, RankMemory, StageCosts
 from planner.problems import pipeline_problem
-from planner.schedule.actions import Schedule
+from planner.schedule.actions import Schedule, keep_together
 from planner.schedule.families import Family
 from planner.schedule.residency import peak_in_flight, peak_per_rank
 from planner.schedule.simulation import Timeline, simulate
+from planner.traffic import Spans, StepTraffic, optimizer_us, sharded_layers, step_traffic
 from profiles.cluster import Cluster
-from profiles.model import Dtype, LayerProfile, ModelProfile
+from profiles.collectives import Fabric
+from profiles.model import BYTES_PER_ELEMENT, Dtype, LayerProfile, ModelProfile, Recompute
 from solvers.bounds import best_bound
-from solvers.partition import PartitionSolution, StagePartition, solve_partition
+from solvers.partition import LayerChoice, PartitionSolution, StagePartition, solve_partition
 from solvers.pipeline import PipelineSolution
 from solvers.registry import solve_pipeline
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained where."""
+    """What is to be trained where.
 
-    profile: ModelProfile
+    `profiles` are of every node group of the cluster in turn, or one for all of them.
+    """
+
+    profiles: tuple[ModelProfile, ...]
     cluster: Cluster
     global_batch_size: int
     sequence_length: int
-    dtype: Dtype
+    precision: Precision
+    overlaps: bool = True  # data-parallel traffic with the pipeline's last backward
+
+    def __post_init__(self) -> None:
+        if len(self.profiles) not in (1, len(self.cluster.groups)):
+            raise ValueError(f"{len(self.profiles)} profiles for {len(self.cluster.groups)} node groups")
+
+    @property
+    def profile(self) -> ModelProfile:
+        """The profile of the slowest devices."""
+        if len(self.profiles) == 1:
+            return self.profiles[0]
+        return self.profiles[self.cluster.groups.index(slowest_group(self.cluster, self.dtype))]
+
+    @property
+    def dtype(self) -> Dtype:
+        """What it computes in."""
+        return self.precision.compute
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Every layer of a candidate under each choice of recomputation; the first choice takes the least time."""
+
+    choices: tuple[Recompute, ...]
+    layers: tuple[tuple[LayerProfile, ...], ...]  # shape (choices, L)
+
+    @property
+    def base(self) -> tuple[LayerProfile, ...]:
+        """The layers under the first choice."""
+        return self.layers[0]
+
+    def chosen(self, choices: Sequence[int] | None) -> tuple[LayerProfile, ...]:
+        """Each layer under its choice; None is the first for all."""
+        if choices is None:
+            return self.base
+        return tuple(self.layers[choice][index] for index, choice in enumerate(choices))
 
 
 @dataclass(frozen=True)
@@ -52,6 +94,16 @@ class Cut:
         """Layers of every stage, shape (S,)."""
         return tuple(b - a for a, b in pairwise((0, *self.cuts, len(self.layers))))
 
+    @property
+    def recompute_of_layer(self) -> tuple[Recompute, ...]:
+        """What every layer recomputes, shape (L,)."""
+        return tuple(layer.variant.recompute for layer in self.layers)
+
+    @property
+    def splits(self) -> tuple[bool, ...]:
+        """Whether each stage may run B and W apart, shape (S,)."""
+        return tuple(stage.splits_backward for stage in self.stages)
+
     def hosted(self, rank: int) -> list[StageCosts]:
         """The stages of one pipeline rank."""
         return [stage for stage, host in zip(self.stages, self.rank_of_stage, strict=True) if host == rank]
@@ -67,7 +119,7 @@ class PricedLayout:
     schedule: Schedule
     timeline: Timeline
     memory: tuple[RankMemory, ...]
-    data_parallel_us: float
+    exposed_us: tuple[float, ...]  # data-parallel traffic that shows on every rank, shape (p,)
     optimizer_us: float
 
     @property
@@ -75,10 +127,20 @@ class PricedLayout:
         """The point of the outer layout space."""
         return self.cut.candidate
 
+    @cached_property
+    def _reduced_us(self) -> float:
+        """When the last rank has reduced its gradients."""
+        return max(map(sum, zip(self.timeline.rank_end_us, self.exposed_us, strict=True)))
+
+    @property
+    def data_parallel_us(self) -> float:
+        """What data-parallel traffic adds to the pipeline's makespan."""
+        return self._reduced_us - self.timeline.makespan_us
+
     @property
     def step_us(self) -> float:
         """Predicted step time."""
-        return self.timeline.makespan_us + self.data_parallel_us + self.optimizer_us
+        return self._reduced_us + self.optimizer_us
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -96,28 +158,117 @@ class Pricer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.network = Network(job.cluster, job.profile.links if job.cluster.num_nodes == 1 else None)
+        links = job.profile.links if job.cluster.num_nodes == 1 else None
+        self.fabric = (
+            Fabric.of(job.cluster)
+            if links is None
+            else Fabric((job.cluster.num_devices, 1), (links.all_reduce, links.all_reduce))
+        )
+        self._point_to_point = None if links is None else links.point_to_point
         self.capacity_bytes = capacity_bytes(smallest_device(job.cluster))
+        self.known_variants = frozenset(job.profile.variants)
+        self._options: dict[Candidate, LayerOptions] = {}
+        self._floors: dict[int, tuple[tuple[LayerFloor, ...], LayerFloor]] = {}
+        self._traffic: dict[tuple[object, ...], StepTraffic] = {}
+        self._spans: dict[tuple[object, ...], Spans] = {}
 
-    def layers(self, candidate: Candidate) -> tuple[LayerProfile, ...]:
-        """The costs of every layer, in order; ProfileError where the profile lacks the candidate's variant."""
-        return tuple(self.job.profile.at(candidate.variant(self.job.sequence_length, self.job.dtype)))
+    # what a candidate is made of
 
-    def floor(self, candidate: Candidate, layers: tuple[LayerProfile, ...]) -> StepFloor:
+    def choices(self, candidate: Candidate) -> tuple[Recompute, ...]:
+        """What its layers may recompute, as far as the profile knows."""
+        return tuple(
+            choice
+            for choice in candidate.recompute_choices()
+            if candidate.variant(self.job.sequence_length, self.job.dtype, choice) in self.known_variants
+        )
+
+    def options(self, candidate: Candidate, group: int | None = None) -> LayerOptions:
+        """The costs of every layer, in order, under each choice, on the slowest devices or those of one node group."""
+        key = candidate._replace(pp=1, dp=candidate.dp * candidate.pp, virtual_stages=1, num_microbatches=group or 0)
+        same_spans = candidate.zero_stage < 2 and candidate.ep == candidate.cp == 1
+        if same_spans:
+            key = key._replace(dp=1, zero_stage=0, shard_degree=1)
+        else:
+            key = candidate._replace(virtual_stages=1, num_microbatches=-1 if group is None else group)
+        if key not in self._options:
+            job, spans = self.job, self.spans(candidate)
+            profile = job.profile if group is None else job.profiles[group]
+            names = self.choices(candidate)
+            layers = tuple(
+                sharded_layers(
+                    profile.at(candidate.variant(job.sequence_length, job.dtype, name)),
+                    candidate,
+                    self.fabric,
+                    spans,
+                    job.precision,
+                )
+                for name in names
+            )
+            self._options[key] = LayerOptions(names, layers)
+        return self._options[key]
+
+    def spans(self, candidate: Candidate) -> Spans:
+        """How its groups lie when devices are taken in order."""
+        key = (*candidate.degrees, candidate.shard_degree)
+        if key not in self._spans:
+            self._spans[key] = Spans.packed(candidate, self.fabric)
+        return self._spans[key]
+
+    def traffic(self, candidate: Candidate) -> StepTraffic:
+        """What it sends once per step."""
+        key = (*candidate.degrees, candidate.zero_stage, candidate.shard_degree)
+        if key not in self._traffic:
+            self._traffic[key] = step_traffic(
+                candidate, self.fabric, self.spans(candidate), self.job.precision, overlaps=self.job.overlaps
+            )
+        return self._traffic[key]
+
+    def transfer_us(self, candidate: Candidate, num_bytes: int) -> float:
+        """From one pipeline rank to the next."""
+        if self._point_to_point is not None:
+            return self._point_to_point.transfer_us(num_bytes)
+        return self.fabric.pass_on_us(num_bytes, self.spans(candidate).pp)
+
+    # bounds
+
+    def floor(self, candidate: Candidate) -> StepFloor:
         """A lower bound on every step time of this candidate."""
-        room = candidate.pp * self.capacity_bytes - self.states_bytes(candidate, layers)
-        links = self.network.pipeline(candidate), self.network.data_parallel(candidate)
-        return StepFloor(layers, candidate, self.job.dtype, *links, max(1, room))
+        options = self.options(candidate)
+        room = candidate.pp * self.capacity_bytes - self.states_bytes(candidate, options.base)
+        hop_us = self.transfer_us(candidate, min((layer.output_bytes for layer in options.base[:-1]), default=0))
+        layers, totals = self._layer_floors(options)
+        return StepFloor(
+            layers=layers,
+            totals=totals,
+            candidate=candidate,
+            traffic=self.traffic(candidate),
+            hop_us=hop_us if candidate.pp > 1 else 0.0,
+            room_bytes=max(1, room),
+        )
+
+    def _layer_floors(self, options: LayerOptions) -> tuple[tuple[LayerFloor, ...], LayerFloor]:
+        if id(options) not in self._floors:  # options are kept as long as this pricer
+            layers = _layer_floors(options, self.job.dtype)
+            self._floors[id(options)] = layers, _total(layers)
+        return self._floors[id(options)]
 
     def states_bytes(self, candidate: Candidate, layers: Sequence[LayerProfile]) -> int:
         """Weights, gradients and optimizer state of these layers on one device."""
         parameters = sum(layer.parameter_bytes for layer in layers)
-        return sum(model_state_bytes(parameters, self.job.dtype, candidate.zero_stage, candidate.dp))
+        experts = sum(layer.expert_parameter_bytes for layer in layers)
+        return sum(model_state_bytes(parameters, experts, candidate, self.job.precision))
+
+    def least_bytes(self, candidate: Candidate) -> int:
+        """What all ranks of a replica together hold at least: model states and one microbatch."""
+        options = self.options(candidate)
+        held = sum(min(layer.activation_bytes for layer in same) for same in zip(*options.layers, strict=True))
+        return self.states_bytes(candidate, options.base) + held
+
+    # cuts
 
     def partition(
         self,
         candidate: Candidate,
-        layers: Sequence[LayerProfile],
         placement: tuple[int, ...],
         held: Sequence[tuple[int, int]],
         *,
@@ -126,45 +277,56 @@ class Pricer:
         time_limit_s: float = 10.0,
         seed: int = 0,
     ) -> PartitionSolution:
-        """Cut the layers into stages by integer program, least bottleneck first.
+        """Cut the layers into stages and choose what they recompute by integer program, least bottleneck first.
 
         `held[s]` is how many microbatches stage s holds between F and B, and between B and W, at its fullest. With
-        `shares_ranks` the chunks of a rank share its memory as they like; else each chunk gets an equal part.
+        `shares_ranks` the chunks of a rank share its memory as they like; else each chunk gets an equal part. A
+        layer's time is what it adds to its rank's step: all microbatches, traffic and optimizer.
         """
-        chunks = candidate.virtual_stages
-        temporaries = tuple(layer.temporary_bytes for layer in layers)
-        boundary = max((layer.output_bytes for layer in layers[:-1]), default=0)
+        options, chunks = self.options(candidate), candidate.virtual_stages
+        boundary = max((layer.output_bytes for layer in options.base[:-1]), default=0)
         room = [
             self.capacity_bytes - buffer_bytes(boundary, num_neighbours(placement, rank))
             for rank in range(candidate.pp)
         ]
         separate = chunks > 1 and not shares_ranks
+        least = [min(layer.temporary_bytes for layer in same) for same in zip(*options.layers, strict=True)]
         if separate:
-            room = [(room[rank] - max(temporaries)) // chunks for rank in placement]
+            room = [
+                (room[rank] - max(*least, *(layer.temporary_bytes for layer in options.base))) // chunks
+                for rank in placement
+            ]
+        base = _columns(self, options.layers[0], candidate, splits_backward)
         problem = StagePartition(
-            times_us=tuple(round(_work_us(layer, splits_backward)) for layer in layers),
+            times_us=base.times_us,
             num_stages=candidate.num_stages,
-            static_bytes=tuple(self.states_bytes(candidate, [layer]) for layer in layers),
-            activation_bytes=tuple(layer.activation_bytes for layer in layers),
+            static_bytes=tuple(self.states_bytes(candidate, [layer]) for layer in options.base),
+            activation_bytes=base.activation_bytes,
             in_flight=tuple(forwards for forwards, _ in held),
-            weight_activation_bytes=tuple(layer.weight_activation_bytes for layer in layers),
+            weight_activation_bytes=base.weight_activation_bytes,
             weights_in_flight=tuple(weights for _, weights in held),
-            temporary_bytes=None if separate else temporaries,
+            temporary_bytes=None if separate else base.temporary_bytes,
             capacity_bytes=tuple(room),
             rank_of_stage=None if separate else placement,
+            choices=tuple(
+                _columns(self, layers, candidate, splits_backward, separate=separate) for layers in options.layers[1:]
+            ),
         )
         return solve_partition(problem, time_limit_s=time_limit_s, seed=seed)
 
     def cut(
-        self, candidate: Candidate, layers: tuple[LayerProfile, ...], cuts: Sequence[int], placement: tuple[int, ...]
+        self,
+        candidate: Candidate,
+        cuts: Sequence[int],
+        placement: tuple[int, ...],
+        choices: Sequence[int] | None = None,
     ) -> Cut:
-        """These cuts, priced stage by stage."""
-        stages = stage_costs(layers, cuts, placement, self.network.pipeline(candidate))
+        """These cuts, priced stage by stage; `choices` says what each layer recomputes, by index."""
+        layers = self.options(candidate).chosen(choices)
+        stages = stage_costs(layers, cuts, placement, lambda size: self.transfer_us(candidate, size))
         return Cut(candidate, layers, tuple(cuts), placement, stages)
 
-    def price_family(
-        self, candidate: Candidate, layers: tuple[LayerProfile, ...], family: Family
-    ) -> PricedLayout | None:
+    def price_family(self, candidate: Candidate, family: Family) -> PricedLayout | None:
         """The candidate under a fixed family, which may yet overflow a rank; None if no cut fits.
 
         With one chunk per rank, None is a proof that none does (where all boundary tensors have one size, as they do
@@ -173,29 +335,43 @@ class Pricer:
         shape = (family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
         placement = family.placement(candidate.pp, candidate.virtual_stages)
         if candidate.virtual_stages == 1:
-            held = _held_per_stage(*shape, weight_ratio=_weight_ratio(layers))
+            held = _held_per_stage(*shape, weight_ratio=_weight_ratio(self.options(candidate).base))
         else:
             most = held_per_rank(*shape)
             held = tuple((-(-most[rank][0] // candidate.virtual_stages), 0) for rank in placement)
-        solution = self.partition(candidate, layers, placement, held, splits_backward=family.splits_backward)
+        solution = self.partition(candidate, placement, held, splits_backward=family.splits_backward)
         if solution.cuts is None:
             return None
-        schedule = family_schedule(*shape)
-        return self.price(self.cut(candidate, layers, solution.cuts, placement), schedule, family.name, "family")
+        return self.price_order(self.cut(candidate, solution.cuts, placement, solution.choices), family)
+
+    def price_fixed(self, candidate: Candidate, layers_per_stage: Sequence[int], family: Family) -> PricedLayout:
+        """A complete layout as somebody ran it: these layers per stage, embedding and head counted, this family.
+
+        LayoutError when the numbers do not agree.
+        """
+        layers = self.options(candidate).base
+        if len(layers_per_stage) != candidate.num_stages or sum(layers_per_stage) != len(layers):
+            raise LayoutError(
+                f"layers_per_stage {list(layers_per_stage)} does not put {len(layers)} layers on "
+                f"{candidate.num_stages} stages; give one number per stage that add up"
+            )
+        cuts = [sum(layers_per_stage[:stage]) for stage in range(1, candidate.num_stages)]
+        placement = family.placement(candidate.pp, candidate.virtual_stages)
+        return self.price_order(self.cut(candidate, cuts, placement), family)
+
+    # orders
+
+    def price_order(self, cut: Cut, family: Family) -> PricedLayout:
+        """A cut under a fixed family; stages that recompute keep its backwards in one piece."""
+        c = cut.candidate
+        schedule = family_schedule(family, c.pp, c.num_microbatches, c.virtual_stages)
+        return self.price(cut, keep_together(schedule, cut.splits), family.name, "family")
 
     def price(self, cut: Cut, schedule: Schedule, family: str, solver: str) -> PricedLayout:
         """Simulate an order on a cut, account for its memory and price what follows the pipeline."""
-        candidate, dtype = cut.candidate, self.job.dtype
+        candidate, traffic = cut.candidate, self.traffic(cut.candidate)
         timeline = simulate(schedule, cut.stages)
-        link = self.network.data_parallel(candidate)
-        after = [
-            (
-                data_parallel_us(sum(stage.parameter_bytes for stage in cut.hosted(rank)), dtype, candidate, link),
-                optimizer_us(sum(stage.optimizer_us for stage in cut.hosted(rank)), candidate),
-            )
-            for rank in range(candidate.pp)
-        ]
-        traffic_us, update_us = max(after, key=sum)
+        after = [after_us(cut.hosted(rank), candidate, traffic, self.job.dtype) for rank in range(candidate.pp)]
         return PricedLayout(
             cut=cut,
             family=family,
@@ -203,8 +379,8 @@ class Pricer:
             schedule=schedule,
             timeline=timeline,
             memory=self.memory(cut, timeline.peak_activation_bytes),
-            data_parallel_us=traffic_us,
-            optimizer_us=update_us,
+            exposed_us=tuple(exposed for exposed, _ in after),
+            optimizer_us=max(update for _, update in after),
         )
 
     def memory(self, cut: Cut, peak_activation_bytes: Sequence[float]) -> tuple[RankMemory, ...]:
@@ -214,9 +390,8 @@ class Pricer:
                 cut.stages,
                 cut.rank_of_stage,
                 rank,
-                dtype=self.job.dtype,
-                zero_stage=cut.candidate.zero_stage,
-                dp=cut.candidate.dp,
+                candidate=cut.candidate,
+                precision=self.job.precision,
                 peak_activation_bytes=math.ceil(peak),
                 capacity=self.capacity_bytes,
             )
@@ -242,7 +417,7 @@ class Pricer:
             cut.stages,
             cut.rank_of_stage,
             cut.candidate.num_microbatches,
-            splits_backward=cut.candidate.can_split_backward,
+            splits_backward=cut.splits,
             capacity_bytes=room,
         )
         solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed)
@@ -252,9 +427,10 @@ class Pricer:
         return self.price(cut, schedule, "auto", solution.solver), solution
 
     def schedule_bound_us(self, cut: Cut) -> float:
-        """A lower bound on the pipeline time of this cut under any order that splits all backwards, or none."""
+        """A lower bound on the pipeline time of this cut under any order that splits all backwards it can, or none."""
+        whole = (False,) * len(cut.stages)
         bounds = []
-        for splits_backward in (False, True) if cut.candidate.can_split_backward else (False,):
+        for splits_backward in {cut.splits, whole}:
             problem = pipeline_problem(
                 cut.stages,
                 cut.rank_of_stage,
@@ -265,6 +441,87 @@ class Pricer:
             )
             bounds.append(float(best_bound(problem).value_us))
         return min(bounds)
+
+
+def _columns(
+    pricer: Pricer,
+    layers: Sequence[LayerProfile],
+    candidate: Candidate,
+    splits_backward: bool,
+    *,
+    separate: bool = False,
+) -> LayerChoice:
+    """What the partition asks of the layers under one choice."""
+    m, traffic, size = candidate.num_microbatches, pricer.traffic(candidate), BYTES_PER_ELEMENT[pricer.job.dtype]
+    times = []
+    for layer in layers:
+        experts = layer.expert_parameter_bytes / size
+        busy = traffic.busy_us(layer.parameter_bytes / size - experts, experts)
+        hidden = traffic.hidden_us(layer.forward_us, layer.fused_backward_us)
+        update = optimizer_us(layer.optimizer_us, candidate)
+        times.append(max(0, round(m * _work_us(layer, splits_backward) + max(0.0, busy - hidden) + update)))
+    return LayerChoice(
+        times_us=tuple(times),
+        activation_bytes=tuple(layer.activation_bytes for layer in layers),
+        weight_activation_bytes=tuple(layer.weight_activation_bytes for layer in layers),
+        temporary_bytes=None if separate else tuple(layer.temporary_bytes for layer in layers),
+    )
+
+
+def _layer_floors(options: LayerOptions, dtype: Dtype) -> tuple[LayerFloor, ...]:
+    """What each layer costs at least; layers that repeat are worked out once."""
+    size, made, floors = BYTES_PER_ELEMENT[dtype], {}, []
+    below = 0.0  # F and B of the layers behind, which a microbatch passes while this one holds it
+    for same in reversed(list(zip(*options.layers, strict=True))):
+        base = same[0]
+        below += base.forward_us + min(base.backward_input_us, base.fused_backward_us)
+        key = tuple(map(id, same))
+        if key not in made:
+            experts = base.expert_parameter_bytes / size
+            made[key] = (
+                LayerFloor(
+                    forward_us=min(layer.forward_us for layer in same),
+                    fused_us=min(layer.fused_backward_us for layer in same),
+                    work_us=min(map(least_work_us, same)),
+                    dense_parameters=base.parameter_bytes / size - experts,
+                    expert_parameters=experts,
+                    optimizer_us=base.optimizer_us,
+                    output_bytes=base.output_bytes,
+                    hull=(),
+                ),
+                _hull([(least_work_us(layer), float(layer.activation_bytes)) for layer in same]),
+            )
+        floor, hull = made[key]
+        floors.append(floor._replace(hull=tuple((work, held * below) for work, held in hull)))
+    return tuple(reversed(floors))
+
+
+def _total(layers: Sequence[LayerFloor]) -> LayerFloor:
+    """Sums over all layers."""
+    return LayerFloor(
+        forward_us=sum(layer.forward_us for layer in layers),
+        fused_us=sum(layer.fused_us for layer in layers),
+        work_us=sum(layer.work_us for layer in layers),
+        dense_parameters=sum(layer.dense_parameters for layer in layers),
+        expert_parameters=sum(layer.expert_parameters for layer in layers),
+        optimizer_us=sum(layer.optimizer_us for layer in layers),
+        output_bytes=0,
+        hull=(),
+    )
+
+
+def _hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The lower left hull of (work, bytes): from the least work on, each step saving less memory per work."""
+    hull: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and (hull[-1][1] - point[1]) * (hull[-1][0] - hull[-2][0]) >= (
+            hull[-2][1] - hull[-1][1]
+        ) * (point[0] - hull[-1][0]):
+            hull.pop()
+        hull.append(point)
+    return tuple(hull)
 
 
 @lru_cache(maxsize=16)
@@ -289,7 +546,7 @@ def _held_per_stage(
 
 
 def _work_us(layer: LayerProfile, splits_backward: bool) -> float:
-    if splits_backward:
+    if splits_backward and layer.variant.recompute == "none":
         return layer.forward_us + layer.backward_input_us + layer.backward_weight_us
     return layer.forward_us + layer.fused_backward_us
 

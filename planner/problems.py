@@ -16,22 +16,24 @@ def pipeline_problem(
     rank_of_stage: Sequence[int],
     num_microbatches: int,
     *,
-    splits_backward: bool,
+    splits_backward: bool | Sequence[bool],
     capacity_bytes: Sequence[int] | None,
     objective: Objective = "makespan",
     rounding: Callable[[float], int] = round,
 ) -> PipelineProblem:
     """The integer scheduling problem of these stages; `capacity_bytes` is what activations may take on each rank.
 
+    `splits_backward`: of all stages, or of each, shape (S,).
     Rounded down (`math.floor`), its lower bounds hold for the unrounded times; sums are rounded after they are taken.
     """
-    backward = [s.backward_input_us if splits_backward else s.fused_backward_us for s in stages]
-    weight = [s.backward_weight_us if splits_backward else 0.0 for s in stages]
+    split = (splits_backward,) * len(stages) if isinstance(splits_backward, bool) else tuple(splits_backward)
+    backward = [s.backward_input_us if apart else s.fused_backward_us for s, apart in zip(stages, split, strict=True)]
+    weight = [s.backward_weight_us if apart else 0.0 for s, apart in zip(stages, split, strict=True)]
     return PipelineProblem(
         forward_us=tuple(max(1, rounding(s.forward_us)) for s in stages),
         backward_us=tuple(max(1, rounding(us)) for us in backward),
         weight_us=tuple(map(rounding, weight)),
-        split=(splits_backward,) * len(stages),
+        split=split,
         transfer_us=tuple(rounding(s.transfer_us) for s in stages[:-1]),
         rank_of_stage=tuple(rank_of_stage),
         num_microbatches=num_microbatches,

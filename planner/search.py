@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
+from planner.cost import StepFloor
 from planner.errors import InfeasibleError
 from planner.layout import Candidate, Pins, Space
-from planner.pricing import Cut, Job, PricedLayout, Pricer, family_schedule, held_per_rank
+from planner.pricing import Cut, Job, PricedLayout, Pricer, held_per_rank
 from planner.schedule.families import FAMILIES, Family
-from profiles.model import LayerProfile, Variant
 from solvers.pipeline import PipelineSolution
 from solvers.status import Status
 
@@ -73,20 +74,30 @@ class _Outcome(Enum):
     IMPOSSIBLE = auto()  # proven: nothing fits
 
 
-@dataclass(frozen=True)
 class _Node:
     """A candidate whose memory might suffice, the families that can run it, and its floors."""
 
-    candidate: Candidate
-    layers: tuple[LayerProfile, ...]
-    families: tuple[Family, ...]
-    floor_of_us: dict[bool, float]  # by whether the backward is split
-    solvers_may_split: bool
+    def __init__(self, candidate: Candidate, families: tuple[Family, ...], floor: StepFloor, solvers: bool) -> None:
+        self.candidate, self.families, self._floor = candidate, families, floor
+        self._splits = {family.splits_backward for family in families}
+        self.solvers_may_order = solvers
+        if solvers and candidate.can_split_backward:
+            self._splits.add(True)
 
     @property
+    def quick_us(self) -> float:
+        """A floor in no time."""
+        return self._floor.quick_us
+
+    @cached_property
+    def floor_of_us(self) -> dict[bool, float]:
+        """The floor by whether the backward may be split."""
+        return {split: self._floor.step_us(splits_backward=split) for split in (False, True)}
+
+    @cached_property
     def floor_us(self) -> float:
-        splits = {family.splits_backward for family in self.families}
-        return min(self.floor_of_us[split] for split in ({*splits, True} if self.solvers_may_split else splits))
+        """The floor under all orders this candidate may have."""
+        return min(self.floor_of_us[split] for split in self._splits)
 
 
 def search(
@@ -125,6 +136,7 @@ class _Search:
         self.pricer = Pricer(job)
         self.result = SearchResult(dropped=space.dropped, num_candidates=len(space.candidates))
         self.best: dict[Candidate, PricedLayout] = {}
+        self._families_of: dict[tuple[int, int, int, bool], tuple[Family, ...]] = {}
         self.queue: list[tuple[float, int, _Node]] = []
         self.open: dict[Candidate, float] = {}  # floors of what was taken from the queue and may be feasible
         self.nearest_miss: tuple[float, str] = (math.inf, "")
@@ -133,7 +145,8 @@ class _Search:
         result = self.result
         try:
             for index, node in enumerate(self._nodes()):
-                heapq.heappush(self.queue, (node.floor_us, index, node))
+                self.queue.append((node.quick_us, index, node))
+            heapq.heapify(self.queue)
             self._price_and_try_again()
             self._polish()
             self._price_runners_up()
@@ -154,41 +167,37 @@ class _Search:
     # what is in the queue
 
     def _nodes(self) -> Iterator[_Node]:
-        known = set(self.job.profile.variants)
-        layers_of: dict[Variant, tuple[LayerProfile, ...]] = {}
-        for candidate in self.space.candidates:
+        for done, candidate in enumerate(self.space.candidates):
+            if done % 1000 == 0:
+                self._report("bounding layouts")
             families = self._families(candidate)
-            variant = candidate.variant(self.job.sequence_length, self.job.dtype)
             if not families:
                 self.result.refused["no schedule family runs it"] += 1
-            elif variant not in known:
+            elif not self.pricer.choices(candidate):
                 self.result.refused["not profiled"] += 1
+            elif self._overflows_everywhere(candidate):
+                self.result.refused["does not fit in memory"] += 1
             else:
-                if variant not in layers_of:
-                    layers_of[variant] = self.pricer.layers(candidate)
-                layers = layers_of[variant]
-                if self._overflows_everywhere(candidate, layers):
-                    self.result.refused["does not fit in memory"] += 1
-                else:
-                    floor = self.pricer.floor(candidate, layers)
-                    floors = {split: floor.step_us(splits_backward=split) for split in (False, True)}
-                    may_split = self.family is None and candidate.can_split_backward and candidate.pp > 1
-                    yield _Node(candidate, layers, families, floors, may_split)
+                solvers = self.family is None and candidate.pp > 1
+                yield _Node(candidate, families, self.pricer.floor(candidate), solvers)
 
     def _families(self, candidate: Candidate) -> tuple[Family, ...]:
         """Fixed families that can run this candidate; without a pipeline there is nothing to split a backward for."""
-        families = [
-            family
-            for family in FAMILIES.values()
-            if family.supports(candidate.pp, candidate.num_microbatches, candidate.virtual_stages) is None
-            and not (family.splits_backward and not (candidate.can_split_backward and candidate.pp > 1))
-            and (family.in_layout_search if self.family is None else family.name == self.family)
-        ]
-        return tuple(sorted(families, key=lambda family: (not family.splits_backward, family.name)))
+        key = (candidate.pp, candidate.num_microbatches, candidate.virtual_stages, candidate.can_split_backward)
+        if key not in self._families_of:
+            families = [
+                family
+                for family in FAMILIES.values()
+                if family.supports(*key[:3]) is None
+                and not (family.splits_backward and not (candidate.can_split_backward and candidate.pp > 1))
+                and (family.in_layout_search if self.family is None else family.name == self.family)
+            ]
+            self._families_of[key] = tuple(sorted(families, key=lambda f: (not f.splits_backward, f.name)))
+        return self._families_of[key]
 
-    def _overflows_everywhere(self, candidate: Candidate, layers: Sequence[LayerProfile]) -> bool:
+    def _overflows_everywhere(self, candidate: Candidate) -> bool:
         """All ranks together cannot hold the model states and one microbatch: a proof that no cut fits."""
-        need = self.pricer.states_bytes(candidate, layers) + sum(layer.activation_bytes for layer in layers)
+        need = self.pricer.least_bytes(candidate)
         if need <= candidate.pp * self.pricer.capacity_bytes:
             return False
         share = need / candidate.pp
@@ -204,7 +213,10 @@ class _Search:
             if late_s > (0 if self.best else _GRACE_S):
                 self.result.limited_by_time = True
                 break
-            node = self.queue[0][2]
+            quick, index, node = self.queue[0]
+            if node.floor_us > quick:  # not yet known when it was queued
+                heapq.heapreplace(self.queue, (node.floor_us, index, node))
+                continue
             self.open[node.candidate] = node.floor_us  # first, so that Ctrl-C in between loses no floor
             heapq.heappop(self.queue)
             self.result.num_evaluated += 1
@@ -238,7 +250,7 @@ class _Search:
             if node.floor_of_us[family.splits_backward] >= self._best_us():
                 settled = True
                 continue
-            priced = self.pricer.price_family(node.candidate, node.layers, family)
+            priced = self.pricer.price_family(node.candidate, family)
             settled |= self._keep(priced)
             impossible &= priced is None
         if settled:
@@ -258,12 +270,10 @@ class _Search:
         """Let list scheduling make an order within the memory there is; a rank holds one microbatch at least."""
         candidate, placement = node.candidate, tuple(range(node.candidate.pp))
         one_each = [(1, 0)] * candidate.pp
-        cuts = self.pricer.partition(
-            candidate, node.layers, placement, one_each, splits_backward=candidate.can_split_backward
-        ).cuts
-        if cuts is None:
-            return False
-        self._list_schedule(self.pricer.cut(candidate, node.layers, cuts, placement))
+        found = self.pricer.partition(candidate, placement, one_each, splits_backward=candidate.can_split_backward)
+        if found.cuts is None:
+            return found.status is not Status.INFEASIBLE
+        self._list_schedule(self.pricer.cut(candidate, found.cuts, placement, found.choices))
         return True
 
     def _share_memory_unevenly(self, node: _Node) -> bool:
@@ -278,25 +288,23 @@ class _Search:
             shape = (family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
             placement = family.placement(candidate.pp, candidate.virtual_stages)
             common = [held for _, held in held_per_rank(*shape)]
-            cuts, fits_once = self._shared_cuts(node, family, placement, common)
-            if cuts is not None:
-                cut = self.pricer.cut(candidate, node.layers, cuts, placement)
-                if not self._keep(self.pricer.price(cut, family_schedule(*shape), family.name, "family")):
+            cut, fits_once = self._shared_cut(node, family, placement, common)
+            if cut is not None:
+                if not self._keep(self.pricer.price_order(cut, family)):
                     self._list_schedule(cut)
             elif self.family is None:
-                cuts, fits_once = self._shared_cuts(node, family, placement, [1] * candidate.pp)
-                if cuts is not None:
-                    self._list_schedule(self.pricer.cut(candidate, node.layers, cuts, placement))
+                cut, fits_once = self._shared_cut(node, family, placement, [1] * candidate.pp)
+                if cut is not None:
+                    self._list_schedule(cut)
             possible |= fits_once
         return possible
 
-    def _shared_cuts(
+    def _shared_cut(
         self, node: _Node, family: Family, placement: tuple[int, ...], held: Sequence[int]
-    ) -> tuple[tuple[int, ...] | None, bool]:
-        """Cuts at these in-flight counts per rank, and whether there may be any."""
-        solution = self.pricer.partition(
+    ) -> tuple[Cut | None, bool]:
+        """A cut at these in-flight counts per rank, and whether there may be any."""
+        found = self.pricer.partition(
             node.candidate,
-            node.layers,
             placement,
             [(held[rank], 0) for rank in placement],
             splits_backward=family.splits_backward,
@@ -304,7 +312,9 @@ class _Search:
             time_limit_s=1.0,
             seed=self.seed,
         )
-        return solution.cuts, solution.status is not Status.INFEASIBLE
+        if found.cuts is None:
+            return None, found.status is not Status.INFEASIBLE
+        return self.pricer.cut(node.candidate, found.cuts, placement, found.choices), True
 
     def _list_schedule(self, cut: Cut) -> None:
         if self.family is None and self._num_actions(cut.candidate) <= SOLVER_ACTION_LIMIT:
@@ -335,20 +345,20 @@ class _Search:
         """Find the best layout of a few more (tp, pp, dp) under the fixed families, for readers to compare with."""
         if not self.best:
             return
-        answer = self._ranked()[0].candidate[:3]
+        answer = self._ranked()[0].candidate.degrees
         of_degrees: dict[tuple[int, ...], list[_Node]] = {}
         for _, _, node in sorted(self.queue, key=lambda entry: entry[:2]):
-            of_degrees.setdefault(node.candidate[:3], []).append(node)
+            of_degrees.setdefault(node.candidate.degrees, []).append(node)
         others = [degrees for degrees in of_degrees if degrees != answer]  # in the order of their least floors
         for degrees in others[:NUM_RUNNERS_UP]:
             for node in of_degrees[degrees]:
-                known = [priced.step_us for candidate, priced in self.best.items() if candidate[:3] == degrees]
+                known = [priced.step_us for candidate, priced in self.best.items() if candidate.degrees == degrees]
                 if node.floor_us >= min(known, default=math.inf):
                     break
                 if self._elapsed_s() > self.time_limit_s or self.result.interrupted:
                     return
                 for family in node.families:
-                    self._keep(self.pricer.price_family(node.candidate, node.layers, family))
+                    self._keep(self.pricer.price_family(node.candidate, family))
             self.result.runners_up.append(degrees)
 
     def _keep(self, priced: PricedLayout | None) -> bool:
@@ -417,9 +427,10 @@ class _Search:
 
 
 def _named(candidate: Candidate) -> str:
-    recompute = "" if candidate.recompute == "none" else f" recompute={candidate.recompute}"
+    recompute = "" if candidate.recompute in ("none", "mixed") else f" recompute={candidate.recompute}"
+    more = "".join(f" {name}={getattr(candidate, name)}" for name in ("cp", "ep") if getattr(candidate, name) > 1)
     return (
-        f"tp={candidate.tp} pp={candidate.pp} dp={candidate.dp} v={candidate.virtual_stages} "
+        f"tp={candidate.tp} pp={candidate.pp} dp={candidate.dp}{more} v={candidate.virtual_stages} "
         f"micro_batch_size={candidate.micro_batch_size} zero={candidate.zero_stage}{recompute}"
     )
 

@@ -3,8 +3,10 @@
 import math
 
 from planner.errors import PlanError
+from planner.layout import candidate_of
 from planner.memory import rank_memory
 from planner.plans import Plan
+from planner.schedule.actions import keep_together
 from planner.schedule.families import FAMILIES
 from planner.schedule.simulation import Timeline, simulate
 from planner.schedule.validation import check
@@ -51,7 +53,7 @@ def _check_family(plan: Plan) -> None:
     if family is None:
         raise PlanError(f"plan.family {plan.family!r} is none of {', '.join(FAMILIES)}, auto")
     generated = family.generate(layout.pp, layout.num_microbatches, layout.virtual_stages)
-    if generated != plan.parsed_schedule:
+    if keep_together(generated, [stage.splits_backward for stage in plan.stages]) != plan.parsed_schedule:
         raise PlanError(f"plan.schedule is not what family {plan.family!r} generates for this layout; name it auto")
 
 
@@ -66,7 +68,7 @@ def _check_times(plan: Plan, timeline: Timeline) -> None:
         )
         for rank in range(plan.layout.pp)
     ]
-    shards = plan.layout.dp if plan.layout.zero_stage >= 1 else 1
+    shards = plan.layout.shard_degree if plan.layout.zero_stage >= 1 else 1
     _same("prediction.pipeline_us", guess.pipeline_us, timeline.makespan_us, "its schedule and stage costs take")
     _same("prediction.bubble_rate_makespan", guess.bubble_rate_makespan, timeline.bubble_rate_makespan, "they give")
     _same("prediction.bubble_rate_span", guess.bubble_rate_span, timeline.bubble_rate_span, "they give")
@@ -86,9 +88,8 @@ def _check_memory(plan: Plan, timeline: Timeline) -> None:
             plan.stages,
             layout.rank_of_stage,
             rank,
-            dtype=plan.dtype,
-            zero_stage=layout.zero_stage,
-            dp=layout.dp,
+            candidate=candidate_of(layout),
+            precision=plan.precision,
             peak_activation_bytes=math.ceil(timeline.peak_activation_bytes[rank]),
             capacity=memory.capacity_bytes,
         )

@@ -23,7 +23,7 @@ NonNegativeCount = Annotated[int, Field(ge=0, le=10**12)]
 Width = Annotated[int, Field(ge=1, le=10**7)]  # of a layer
 Depth = Annotated[int, Field(ge=1, le=10**4)]  # in layers
 Bytes = Annotated[int, Field(ge=0, le=10**16)]
-Dtype = Literal["bfloat16", "float16", "float32", "float64"]
+Dtype = Literal["float8", "bfloat16", "float16", "float32", "float64"]
 
 
 class Facts(BaseModel):

@@ -15,8 +15,13 @@ from profiles.errors import ProfileError
 from profiles.facts import Bytes, Count, Depth, Facts, Microseconds, NonNegative, Width
 from profiles.facts import Dtype as Dtype
 
-BYTES_PER_ELEMENT: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
-Recompute = Literal["none", "full"]
+BYTES_PER_ELEMENT: dict[Dtype, int] = {"float8": 2, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+"""Bytes of a weight or an activation that is kept while computing in a dtype.
+
+float8 is the products of linear layers only: weights and activations stay in bfloat16 and are cast on the way in.
+"""
+
+Recompute = Literal["none", "selective", "full"]
 LayerKind = Literal["embedding", "block", "head"]
 
 
@@ -131,7 +136,12 @@ class ModelSpec(Facts):
 
 
 class Variant(Facts):
-    """The circumstances under which a layer's costs hold."""
+    """The circumstances under which a layer's costs hold.
+
+    `recompute`: "full" keeps a block's input only, "selective" all but what the core of attention makes
+    (arXiv 2205.05198, section 4.2). `sequence_parallel` splits norms, dropout and residuals over the tensor-parallel
+    devices, too; without it they are repeated on each. It means nothing at tp=1 and is True there.
+    """
 
     tp: Count = 1
     cp: Count = 1
@@ -140,13 +150,15 @@ class Variant(Facts):
     sequence_length: Count
     dtype: Dtype
     recompute: Recompute = "none"
+    sequence_parallel: bool = True
 
     def __str__(self) -> str:
         degrees = "".join(f" {name}={getattr(self, name)}" for name in ("tp", "cp", "ep") if getattr(self, name) > 1)
         recompute = "" if self.recompute == "none" else f" recompute={self.recompute}"
+        sequence = "" if self.sequence_parallel else " sequence_parallel=False"
         return (
             f"micro_batch_size={self.micro_batch_size} sequence_length={self.sequence_length} {self.dtype}"
-            f"{degrees}{recompute}"
+            f"{degrees}{recompute}{sequence}"
         )
 
 
@@ -156,6 +168,9 @@ class LayerProfile(Facts):
     `activation_bytes` is taken when F starts (M_B); when B ends all but `weight_activation_bytes` (M_W)
     is given back, the rest when W ends. With recompute, B includes the repeated forward.
     `temporary_bytes` is the most that any one action allocates on top of that while it runs.
+
+    Tensor-parallel collectives are part of the times. What context and expert parallelism send is not, as that depends
+    on where those groups lie: `ring_bytes` and `exchange_bytes` say how much it is.
     """
 
     variant: Variant
@@ -169,6 +184,11 @@ class LayerProfile(Facts):
     weight_activation_bytes: Bytes
     output_bytes: Bytes  # what goes to the next stage, and comes back as its gradient
     temporary_bytes: Bytes = 0
+    expert_parameter_bytes: Bytes = 0  # of parameter_bytes: experts, of which each device holds 1/ep of all
+    ring_bytes: Bytes = 0  # K and V of this device's tokens: passed on cp − 1 times in F, twice as much in B
+    ring_hidden_forward_us: Microseconds = 0.0  # time of attention in F, behind which that ring can hide
+    ring_hidden_backward_us: Microseconds = 0.0  # likewise in B
+    exchange_bytes: Bytes = 0  # what this device sends in one all-to-all of experts: two in F, two in B
     spread: NonNegative = 0.0  # (third quartile − first quartile) / median of F, as measured; 0 if estimated
 
 

@@ -104,3 +104,20 @@ class Schedule:
             for action in actions:
                 placement.setdefault(action.stage, rank)
         return placement
+
+
+def keep_together(schedule: Schedule, splits: Sequence[bool]) -> Schedule:
+    """The schedule with B and W made one BW, in B's place, on stages that do not split their backward."""
+    if all(splits):
+        return schedule
+    together = {Kind.B: Kind.BW}
+    return Schedule(
+        tuple(
+            tuple(
+                action if splits[action.stage] else Action(together.get(action.kind, action.kind), *action[1:])
+                for action in actions
+                if splits[action.stage] or action.kind is not Kind.W
+            )
+            for actions in schedule.ranks
+        )
+    )

@@ -97,6 +97,14 @@ class Timeline:
         )
 
     @property
+    def rank_end_us(self) -> tuple[float, ...]:
+        """When every rank's last action ends, all as soon as possible, shape (p,)."""
+        return tuple(
+            starts_us[-1] + self.durations_us[actions[-1].kind][actions[-1].stage]
+            for actions, starts_us in zip(self.schedule.ranks, self.starts_us, strict=True)
+        )
+
+    @property
     def work_us(self) -> float:
         """The heaviest rank's work: no order of these actions on these ranks takes less."""
         return max(self.busy_us)
