@@ -50,6 +50,7 @@ class DeviceSpec(Facts):
     matmul_efficiency: Fraction  # best share of the peak that large matrix products reach
     memory_efficiency: Fraction  # share of the bandwidth that elementwise kernels reach
     kernel_launch_us: Microseconds
+    num_multiprocessors: Count = 108  # parts that compute one tile of a matrix product each
     scale_up: Link  # to another device of the node
     scale_out: Link  # to a device of another node
     devices_per_node: Count  # in the usual node of this device

@@ -6,18 +6,38 @@ There is no factor per model. Nothing reads a file or a clock, so equal argument
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import ceil
-from typing import get_args
+from typing import Literal, get_args
 
 from profiles.analytic.kernels import Machine
 from profiles.analytic.layers import Layer, dense_block, embedding, head, moe_block
 from profiles.analytic.operations import AttentionKernel, Shard
-from profiles.cluster import DeviceSpec, Link
+from profiles.cluster import DeviceSpec
+from profiles.collectives import Fabric
 from profiles.model import LayerGroup, LayerKind, LayerProfile, ModelProfile, ModelSpec, Origin, Variant
 
-__all__ = ["AttentionKernel", "profile_model"]
+__all__ = ["AttentionKernel", "Software", "TensorOverlap", "profile_model"]
 
 MASTER_BYTES = 4  # AdamW's own copy of a 16-bit weight, and each of its two moments, are fp32
+
+TensorOverlap = Literal["none", "gradients", "all"]
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a training framework does beside computing, as far as times depend on it.
+
+    `tensor_overlap`: which tensor-parallel collectives run beside matrix products: "none" (Megatron-LM up to 2021),
+    "gradients" (those of B that W does not wait for: Megatron-LM from 2022), or "all" (pipelined with the
+    products before and behind them, as Transformer Engine's user buffers).
+    `host_us` is what the host takes to dispatch one operation of this model: a layer of many small kernels cannot
+    run faster. With `blocking_launches` (CUDA_LAUNCH_BLOCKING=1) the device idles meanwhile.
+    """
+
+    tensor_overlap: TensorOverlap = "gradients"
+    host_us: float = 20.0
+    blocking_launches: bool = False
 
 
 def profile_model(
@@ -25,83 +45,141 @@ def profile_model(
     device: DeviceSpec,
     variants: Iterable[Variant],
     *,
-    tp_link: Link,
+    fabric: Fabric,
     attention: AttentionKernel = "flash",
+    software: Software = Software(),  # noqa: B008 (frozen)
 ) -> ModelProfile:
     """Estimate every layer of `spec` on `device` under each of `variants`; duplicates count once.
 
-    `tp_link` joins the tensor-parallel devices. Groups are the embedding, the dense blocks, the blocks with
+    Tensor-parallel groups lie contiguous in `fabric`. Groups are the embedding, the dense blocks, the blocks with
     experts, and the head (final norm, projection, loss). The embedding matrix is counted in the embedding
     and, tied or not, in the head: on different stages a tied matrix exists twice. With recompute "full" a
-    block keeps its input only, and B repeats F; embedding and head are never recomputed.
+    block keeps its input only, and B repeats F; with "selective" it keeps all but what attention makes between its
+    inputs and its output, and B repeats attention. Embedding and head are never recomputed.
 
     `attention="unfused"` prices the score matrices that frameworks kept in memory before flash attention,
     as published numbers up to 2022 contain them.
 
     Memory follows Korthikanti et al., arXiv 2205.05198, extended to grouped heads, gated feed-forward parts,
-    experts and split backward. ProfileError if the device lacks the dtype, if tp divides the heads, the
-    feed-forward width or the sequence not, or if cp or ep exceeds 1; ValueError if there are no variants.
+    experts and split backward. ProfileError if the device lacks the dtype, or if a degree does not divide
+    what it splits; ValueError if there are no variants.
     """
     if attention not in get_args(AttentionKernel):
         raise ValueError(f"attention {attention!r} is not one of {', '.join(get_args(AttentionKernel))}")
     shards = [
-        Shard(spec, variant, Machine(device, variant.dtype, variant.tp, tp_link), attention)
+        Shard(spec, variant, Machine(device, variant.dtype, fabric, fabric.span(variant.tp)), attention)
         for variant in dict.fromkeys(variants)
     ]
     if not shards:
         raise ValueError(f"no variants to profile model {spec.name!r} at; give at least one")
     moe = spec.moe
     num_dense = spec.num_layers if moe is None else moe.num_dense_layers
-    groups = [_group("embedding", "embedding", 1, shards, [embedding(shard) for shard in shards])]
+
+    def group(name: str, kind: LayerKind, count: int, layers: Sequence[Layer]) -> LayerGroup:
+        profiles = tuple(
+            _layer_profile(kind, shard, layer, software) for shard, layer in zip(shards, layers, strict=True)
+        )
+        return LayerGroup(name=name, kind=kind, count=count, profiles=profiles)
+
+    groups = [group("embedding", "embedding", 1, [embedding(shard) for shard in shards])]
     if num_dense:
-        groups.append(_group("block", "block", num_dense, shards, [dense_block(shard) for shard in shards]))
+        groups.append(group("block", "block", num_dense, [dense_block(shard) for shard in shards]))
     if moe is not None and spec.num_layers > num_dense:
         layers = [moe_block(shard, moe) for shard in shards]
-        groups.append(_group("moe-block", "block", spec.num_layers - num_dense, shards, layers))
-    groups.append(_group("head", "head", 1, shards, [head(shard) for shard in shards]))
-    origin = Origin(kind="analytic", device=device.name, when="", how=_assumptions(device, attention))
+        groups.append(group("moe-block", "block", spec.num_layers - num_dense, layers))
+    groups.append(group("head", "head", 1, [head(shard) for shard in shards]))
+    origin = Origin(kind="analytic", device=device.name, when="", how=_assumptions(device, attention, software))
     return ModelProfile(model=spec, layers=tuple(groups), origin=origin)
 
 
-def _assumptions(device: DeviceSpec, attention: AttentionKernel) -> str:
+def _assumptions(device: DeviceSpec, attention: AttentionKernel, software: Software) -> str:
     kernel = "causal flash attention" if attention == "flash" else "unfused attention with scores in memory"
+    overlap = {
+        "none": "no tensor-parallel collective overlapped",
+        "gradients": "tensor-parallel collectives of gradients beside weight gradients",
+        "all": "tensor-parallel collectives pipelined with matrix products",
+    }[software.tensor_overlap]
     return (
-        f"estimated from shapes: large matrix products reach {device.matmul_efficiency:.0%} of peak, other "
-        f"kernels {device.memory_efficiency:.0%} of memory bandwidth; {kernel}, fused norms and activations, "
-        "sequence parallelism with tensor parallelism, nothing overlapped, AdamW with fp32 state"
+        f"estimated from shapes: large matrix products reach {device.matmul_efficiency:.0%} of peak when run alone, "
+        f"other kernels {device.memory_efficiency:.0%} of memory bandwidth; {kernel}, fused norms and activations, "
+        f"{overlap}, {software.host_us:g} µs of host time per operation, AdamW with fp32 state"
     )
 
 
-def _group(name: str, kind: LayerKind, count: int, shards: Sequence[Shard], layers: Sequence[Layer]) -> LayerGroup:
-    profiles = tuple(_layer_profile(kind, shard, layer) for shard, layer in zip(shards, layers, strict=True))
-    return LayerGroup(name=name, kind=kind, count=count, profiles=profiles)
-
-
-def _layer_profile(kind: LayerKind, shard: Shard, layer: Layer) -> LayerProfile:
-    forward_us = sum(operation.forward_us for operation in layer)
-    backward_us = sum(operation.backward_us for operation in layer)
-    weight_us = sum(operation.weight_us for operation in layer)
+def _layer_profile(kind: LayerKind, shard: Shard, layer: Layer, software: Software) -> LayerProfile:
+    forward_us, backward_us, weight_us, fused_us = _times(shard, layer, software)
     saved = sum(operation.saved_bytes for operation in layer)
     num_parameters = sum(operation.num_parameters for operation in layer)
     # the gradient that comes in, and what the neediest operation allocates
     transient = shard.shard_bytes + max(operation.transient_bytes for operation in layer)
-    if kind == "block" and shard.variant.recompute == "full":
+    recompute = shard.variant.recompute if kind == "block" else "none"
+    if recompute == "full":
         backward_us += forward_us
+        fused_us += forward_us
         transient += saved - shard.shard_bytes  # all that F saves, except the input that never left
         saved = shard.shard_bytes
+    elif recompute == "selective":
+        core = [operation for operation in layer if operation.core_bytes]
+        again_us = sum(operation.forward_us for operation in core)
+        backward_us += again_us
+        fused_us += again_us
+        made = sum(operation.core_bytes for operation in core)
+        transient += made
+        saved -= made
+    cp = shard.variant.cp
     return LayerProfile(
         variant=shard.variant,
         forward_us=forward_us,
         backward_input_us=backward_us,
         backward_weight_us=weight_us,
-        fused_backward_us=backward_us + weight_us,
+        fused_backward_us=fused_us,
         optimizer_us=_optimizer_us(shard, num_parameters),
         parameter_bytes=ceil(num_parameters * shard.element_bytes),
+        expert_parameter_bytes=ceil(sum(operation.num_expert_parameters for operation in layer) * shard.element_bytes),
         activation_bytes=ceil(saved),
         weight_activation_bytes=ceil(sum(operation.weight_saved_bytes for operation in layer)),
         output_bytes=0 if kind == "head" else ceil(shard.shard_bytes),
         temporary_bytes=ceil(transient),
+        ring_bytes=ceil(sum(operation.ring_bytes for operation in layer)),
+        ring_hidden_forward_us=sum(o.forward_us for o in layer if o.ring_bytes) * (cp - 1) / cp,
+        ring_hidden_backward_us=sum(o.backward_us for o in layer if o.ring_bytes) * (cp - 1) / cp,
+        exchange_bytes=ceil(sum(operation.exchange_bytes for operation in layer)),
     )
+
+
+def _times(shard: Shard, layer: Layer, software: Software) -> tuple[float, float, float, float]:
+    """F, B, W and fused BW of a layer: the device's time, or the host's where that is longer."""
+    sent_us = sum(operation.forward_sent_us for operation in layer)
+    sent_back_us = sum(operation.backward_sent_us for operation in layer)
+    forward_us = sum(operation.forward_us for operation in layer)
+    backward_us = sum(operation.backward_us for operation in layer)
+    weight_us = sum(operation.weight_us for operation in layer)
+    hidden_us = 0.0
+    if software.tensor_overlap == "all":
+        # cut into one piece per device, of which the first or the last cannot hide
+        products_us = forward_us - sent_us
+        shown_us = max(sent_us / shard.variant.tp, sent_us - products_us)
+        shown_back_us = max(sent_back_us / shard.variant.tp, sent_back_us - (backward_us - sent_back_us))
+        forward_us += shown_us - sent_us
+        backward_us += shown_back_us - sent_back_us
+    elif software.tensor_overlap == "gradients":
+        hidden_us = min(sum(operation.hideable_us for operation in layer), weight_us)
+    hosts = [
+        software.host_us * sum(getattr(operation, f"{action}_launches") for operation in layer)
+        for action in ("forward", "backward", "weight")
+    ]
+    fused_us = backward_us + weight_us - hidden_us
+    device = (forward_us, backward_us, weight_us, fused_us)
+    host = (*hosts, hosts[1] + hosts[2])
+    if software.blocking_launches:
+        return _pairwise_sum(device, host)
+    return max(device[0], host[0]), max(device[1], host[1]), max(device[2], host[2]), max(device[3], host[3])
+
+
+def _pairwise_sum(
+    a: tuple[float, float, float, float], b: tuple[float, float, float, float]
+) -> tuple[float, float, float, float]:
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
 
 
 def _optimizer_us(shard: Shard, num_parameters: float) -> float:

@@ -1,22 +1,22 @@
 """How long one kernel takes: matrix products, attention, memory traffic and tensor-parallel collectives.
 
 Everything is closed form in the shape of the kernel and the `DeviceSpec`. The constants below describe
-how far a kernel stays behind what the device reaches on large shapes; each is a length or an area with a
-meaning, the same for every model and every device of a kind.
+how far a kernel stays behind what the device reaches on large shapes; each is a length, an area or a time with a
+meaning, the same for every model and every device of a kind (docs/price_model.md lists them with their sources).
 """
 
 from dataclasses import dataclass
+from math import ceil
 
-from profiles.cluster import DeviceSpec, Link
+from profiles.cluster import DeviceSpec
+from profiles.collectives import Fabric, Span
 from profiles.errors import ProfileError
 from profiles.model import BYTES_PER_ELEMENT, Dtype
 
-HALF_WAVE_ELEMENTS = {"cuda": 128 * 256 * 108 // 2, "rocm": 128 * 256 * 108 // 2, "cpu": 0}
-"""Elements of the result that are idle in the last wave, on average, by kind of device.
+TILES = ((256, 128, 1.0), (128, 128, 0.94), (128, 64, 0.8), (64, 64, 0.6))
+"""Tiles a matrix product may be cut into: rows, columns, and the share of a multiprocessor's rate that one reaches.
 
-A matrix product cuts its result into tiles, one per multiprocessor at a time; the last round is on
-average half full. The tile (128 × 256) and the number of multiprocessors (108) are the A100's; most other
-GPUs are within a factor of two of that. A CPU has too few cores for it to show.
+A tile of r × c needs r + c words of its factors per r · c products, so smaller ones wait for shared memory more.
 """
 
 TILE_PASSES = 2
@@ -24,6 +24,18 @@ TILE_PASSES = 2
 
 One to write the tile's result and one to fetch the first operands of the next. A faster multiplier on
 the same memory loses more to this: it is what keeps H100 layers further below peak than A100 layers.
+"""
+
+SUSTAINED = 0.94
+"""Share of the best rate of a matrix product, found by running one shape alone, that is left while a model trains.
+
+Clocks fall when every part of the device is busy for hours, and matrices come cold from memory.
+"""
+
+FLOAT8_SHARE = 0.92
+"""What an 8-bit product reaches of its peak, against what a 16-bit one reaches of its own.
+
+Mean over H100, GH200, B200, B300 and GB200 of the best products found (ml-engineering, accelerator page): 0.88 to 0.99.
 """
 
 SOFTMAX_HEAD_DIM = 48
@@ -37,15 +49,21 @@ FlashAttention-3 on H100 (arXiv 2407.08608, figure 5, no mask, 16k tokens) reach
 CAUSAL_BLOCK = 128
 """Rows and columns of the score blocks of flash attention; those on the diagonal are computed whole."""
 
+ALIGNMENT = 8
+"""A matrix whose rows or columns are no multiple of this many 16-bit elements is not loaded for tensor cores at once.
+
+Such products run on the other units, at the float32 rate of the device (NVIDIA matrix multiplication guide).
+"""
+
 
 @dataclass(frozen=True)
 class Machine:
-    """One device computing in one dtype, as one of `tp` tensor-parallel peers."""
+    """One device computing in one dtype, as one of a tensor-parallel group."""
 
     device: DeviceSpec
     dtype: Dtype
-    tp: int
-    tp_link: Link
+    fabric: Fabric
+    span: Span  # of the tensor-parallel group
 
     def __post_init__(self) -> None:
         if self.dtype not in self.device.peak_flops:
@@ -61,31 +79,57 @@ class Machine:
         return BYTES_PER_ELEMENT[self.dtype]
 
     @property
-    def flops_per_us(self) -> float:
-        """What large matrix products reach, in FLOP/µs."""
-        return self.device.peak_flops[self.dtype] * self.device.matmul_efficiency / 1e6
+    def wide_dtype(self) -> Dtype:
+        """What is computed in outside the products of linear layers."""
+        return "bfloat16" if self.dtype == "float8" else self.dtype
+
+    def flops_per_us(self, dtype: Dtype) -> float:
+        """What large matrix products reach in training, in FLOP/µs."""
+        share = self.device.matmul_efficiency * SUSTAINED * (FLOAT8_SHARE if dtype == "float8" else 1.0)
+        return self.device.peak_flops[dtype] * share / 1e6
 
     @property
     def bytes_per_us(self) -> float:
         """What large elementwise kernels reach, in bytes/µs."""
         return self.device.memory_bandwidth_bytes_per_s * self.device.memory_efficiency / 1e6
 
-    def matmul_us(self, rows: float, columns: float, depth: float, *, groups: int = 1) -> float:
+    @property
+    def slots(self) -> int:
+        """Tiles that are computed at a time; 0 where products are not cut into tiles."""
+        return self.device.num_multiprocessors if self.device.kind != "cpu" else 0
+
+    def matmul_us(self, rows: float, columns: float, depth: float, *, groups: int = 1, wide: bool = False) -> float:
         """`groups` products (rows × depth) · (depth × columns) in one launch, in µs.
 
-        Per element of the result, 2 · depth FLOPs at the rate of large products and `TILE_PASSES` passes
-        at memory speed, for all elements and half a wave more; or the time to move both factors and the
-        result once, if that is longer.
+        Cut into the tiles that take least: whole rounds of one tile per multiprocessor, each 2 · depth FLOPs
+        per element at the rate of large products and `TILE_PASSES` passes at memory speed; or the time to
+        move both factors and the result once, if that is longer. `wide`: not in 8 bits even where linear layers are.
         """
-        area = rows * columns * groups + HALF_WAVE_ELEMENTS[self.device.kind]
+        dtype = self.wide_dtype if wide else self.dtype
         pass_us = self.element_bytes / self.bytes_per_us
-        compute_us = area * (2 * depth / self.flops_per_us + TILE_PASSES * pass_us)
+        rate = self.flops_per_us(dtype)
+        if self.element_bytes == 2 and any(size % ALIGNMENT for size in (rows, columns, depth)) and groups > 0:
+            rate = min(rate, self.device.peak_flops.get("float32", 1e30) / 1e6)
+        per_element_us = 2 * depth / rate + TILE_PASSES * pass_us
         moved = groups * (rows * depth + depth * columns + rows * columns)
+        compute_us = self._area(rows, columns, groups) * per_element_us
         return self.device.kernel_launch_us + max(compute_us, moved * pass_us)
+
+    def _area(self, rows: float, columns: float, groups: int) -> float:
+        """Elements of the result that are computed in the same time, idle places of tiles and rounds included."""
+        if not self.slots:
+            return rows * columns * groups
+        best = float("inf")
+        for height, width, share in TILES:
+            for tall, wide in ((height, width), (width, height)):
+                tiles = ceil(rows / tall) * ceil(columns / wide) * groups
+                rounds = ceil(tiles / self.slots)
+                best = min(best, rounds * self.slots * tall * wide / share)
+        return best
 
     def flash_attention_us(self, flops: float, head_dim: float, num_bytes: float) -> float:
         """Flash attention of this many FLOPs over heads of this size, moving `num_bytes`, in µs."""
-        compute_us = flops / self.flops_per_us * (1 + SOFTMAX_HEAD_DIM / head_dim)
+        compute_us = flops / self.flops_per_us(self.wide_dtype) * (1 + SOFTMAX_HEAD_DIM / head_dim)
         return self.device.kernel_launch_us + max(compute_us, num_bytes / self.bytes_per_us)
 
     def memory_us(self, num_bytes: float) -> float:
@@ -94,8 +138,8 @@ class Machine:
 
     def gather_us(self, num_bytes: float) -> float:
         """All-gather, or reduce-scatter, of `num_bytes` in total over the tensor-parallel peers, in µs."""
-        return self.tp_link.reduce_scatter_us(num_bytes, self.tp)
+        return self.fabric.gather_us(num_bytes, self.span)
 
     def all_reduce_us(self, num_bytes: float) -> float:
         """All-reduce of `num_bytes` over the tensor-parallel peers, in µs."""
-        return self.tp_link.all_reduce_us(num_bytes, self.tp)
+        return self.fabric.all_reduce_us(num_bytes, self.span)

@@ -20,9 +20,9 @@ def dense_block(shard: Shard) -> Layer:
     return (
         *_attention_half(shard),
         shard.norm("mlp norm"),
-        shard.collective("gather"),
-        *_feed_forward(shard, "mlp", shard.spec.ffn_size, kept_inputs=shard.spec.hidden_size / shard.variant.tp),
-        shard.collective("scatter"),
+        shard.gather(),
+        *_feed_forward(shard, "mlp", shard.spec.ffn_size, kept_inputs=shard.part_width),
+        shard.scatter(),
         shard.residual("mlp residual"),
     )
 
@@ -30,15 +30,18 @@ def dense_block(shard: Shard) -> Layer:
 def moe_block(shard: Shard, moe: MixtureOfExperts) -> Layer:
     """Attention and experts.
 
-    Every device holds a slice of every expert, and tokens are routed evenly. The hidden state of a token
-    is copied once per chosen expert, whole: the slices of one expert need the same rows. Its weight is
-    applied before the expert's second matrix, so that the expert's output is not kept. Shared experts act
+    Every device holds a slice of its 1 / ep of all experts, and tokens are routed evenly. The hidden state of a token
+    is copied once per chosen expert, whole: the slices of one expert need the same rows. With expert parallelism
+    copies travel instead of tokens, and are gathered over the tensor-parallel devices at the experts. A copy's weight
+    is applied before the expert's second matrix, so that the expert's output is not kept. Shared experts act
     as one wide dense feed-forward part on the rows that the router keeps anyway.
     """
-    spec, tp, chosen = shard.spec, shard.variant.tp, moe.experts_per_token
-    rows, width = shard.num_tokens * chosen, moe.expert_ffn_size // tp
+    spec, variant, chosen = shard.spec, shard.variant, moe.experts_per_token
+    rows, width = shard.num_tokens * chosen, moe.expert_ffn_size // variant.tp
     read = (2 if spec.gated_mlp else 1) * width
     copied = (1 + chosen) * shard.hidden_bytes
+    sent = chosen * shard.hidden_bytes if variant.ep > 1 else shard.hidden_bytes
+    dispatch = shard.elementwise("dispatch", forward=copied, backward=copied)
     shared = moe.num_shared_experts * moe.expert_ffn_size
     return (
         *_attention_half(shard),
@@ -47,20 +50,22 @@ def moe_block(shard: Shard, moe: MixtureOfExperts) -> Layer:
             "router",
             spec.hidden_size,
             moe.num_experts,
-            rows=shard.num_tokens / tp,
-            kept_inputs=spec.hidden_size / tp,
-            kept_outputs=moe.num_experts / tp,
+            rows=shard.num_tokens / shard.num_parts,
+            kept_inputs=shard.part_width,
+            kept_outputs=moe.num_experts / shard.num_parts,
+            narrow=False,
         ),
-        shard.collective("gather"),
-        shard.elementwise("dispatch", forward=copied, backward=copied),
+        shard.gather(sent),
+        replace(dispatch, exchange_bytes=sent / variant.tp if variant.ep > 1 else 0.0, forward_launches=8),
         shard.linear(
             "experts in",
             spec.hidden_size,
             read,
             rows=rows,
-            groups=moe.num_experts,
+            groups=moe.num_experts // variant.ep,
             kept_inputs=chosen * spec.hidden_size,
             kept_outputs=chosen * read,
+            experts=True,
         ),
         shard.activation("experts activation", width, rows),
         shard.linear(
@@ -68,13 +73,14 @@ def moe_block(shard: Shard, moe: MixtureOfExperts) -> Layer:
             width,
             spec.hidden_size,
             rows=rows,
-            groups=moe.num_experts,
+            groups=moe.num_experts // variant.ep,
             kept_inputs=chosen * width,
             kept_outputs=chosen * spec.hidden_size,
+            experts=True,
         ),
         shard.elementwise("combine", forward=copied, backward=copied),
         *(_feed_forward(shard, "shared experts", shared, kept_inputs=0.0) if shared else ()),
-        shard.collective("scatter"),
+        shard.scatter(sent),
         shard.residual("mlp residual"),
     )
 
@@ -98,7 +104,7 @@ def _feed_forward(shard: Shard, name: str, ffn_size: int, *, kept_inputs: float)
             width,
             spec.hidden_size,
             kept_inputs=width,
-            kept_outputs=spec.hidden_size / tp,
+            kept_outputs=shard.part_width,
             bias=spec.linear_bias,
         ),
     )
@@ -112,19 +118,19 @@ def _attention_half(shard: Shard) -> Layer:
     rotated = 2 * shard.num_tokens * (query + key) * shard.element_bytes
     return (
         shard.norm("attention norm"),
-        shard.collective("gather"),
+        shard.gather(),
         shard.linear(
             "qkv",
             spec.hidden_size,
             query + 2 * key,
-            kept_inputs=spec.hidden_size / tp,
+            kept_inputs=shard.part_width,
             kept_outputs=query + 2 * key,
             bias=spec.qkv_bias or spec.linear_bias,
         ),
         *(() if spec.learned_positions else (shard.elementwise("rope", forward=rotated, backward=rotated),)),
         shard.attention(spec.head_dim, spec.head_dim, shard.kv_heads),
         _attention_output(shard, query),
-        shard.collective("scatter"),
+        shard.scatter(),
         shard.residual("attention residual"),
     )
 
@@ -136,7 +142,7 @@ def _attention_output(shard: Shard, width: int) -> Operation:
         width,
         hidden,
         kept_inputs=width,
-        kept_outputs=hidden / shard.variant.tp,
+        kept_outputs=shard.part_width,
         bias=shard.spec.linear_bias,
     )
 
@@ -147,7 +153,7 @@ def _latent_attention_half(shard: Shard, latent: LatentAttention) -> Layer:
     The down-projections run on this device's part of the sequence, with weights that every device holds;
     so the narrow latents are gathered, not the hidden states, and only the up-projections are split.
     """
-    spec, tp, tokens = shard.spec, shard.variant.tp, shard.num_tokens
+    spec, tokens = shard.spec, shard.num_tokens
     down = latent.q_lora_rank + latent.kv_lora_rank + latent.qk_rope_head_dim
     qk_dim = latent.qk_nope_head_dim + latent.qk_rope_head_dim
     query, value = shard.heads * qk_dim, shard.heads * latent.v_head_dim
@@ -160,25 +166,25 @@ def _latent_attention_half(shard: Shard, latent: LatentAttention) -> Layer:
             "latent down",
             spec.hidden_size,
             down,
-            rows=tokens / tp,
-            kept_inputs=spec.hidden_size / tp,
-            kept_outputs=down / tp,
+            rows=tokens / shard.num_parts,
+            kept_inputs=shard.part_width,
+            kept_outputs=down / shard.num_parts,
         ),
         shard.norm("query latent norm", latent.q_lora_rank),
         shard.norm("key-value latent norm", latent.kv_lora_rank),
-        shard.collective("gather latents", tokens * down * shard.element_bytes),
-        shard.linear("query up", latent.q_lora_rank, query, kept_inputs=latent.q_lora_rank / tp, kept_outputs=query),
+        shard.gather(tokens * down * shard.element_bytes),
+        shard.linear("query up", latent.q_lora_rank, query, kept_inputs=latent.q_lora_rank / shard.num_parts, kept_outputs=query),
         shard.linear(
             "key-value up",
             latent.kv_lora_rank,
             key_value,
-            kept_inputs=latent.kv_lora_rank / tp,
+            kept_inputs=latent.kv_lora_rank / shard.num_parts,
             kept_outputs=key_value,
         ),
         shard.elementwise("rope", forward=rotated, backward=rotated),
         shard.attention(qk_dim, latent.v_head_dim, shard.heads),
         _attention_output(shard, value),
-        shard.collective("scatter"),
+        shard.scatter(),
         shard.residual("attention residual"),
     )
 
@@ -203,7 +209,7 @@ def embedding(shard: Shard) -> Layer:
         transient_bytes=max(shard.hidden_bytes, table * shard.element_bytes),
         num_parameters=table + (positions if spec.learned_positions else 0),
     )
-    scatter = shard.collective("scatter")
+    scatter = shard.scatter()
     if not shard.has_dropout:
         return look_up, scatter
     mask = shard.shard_bytes / shard.element_bytes
@@ -218,7 +224,7 @@ def head(shard: Shard) -> Layer:
     counted here also where it is tied to the embedding: the two are on different stages, and Megatron-LM
     keeps a copy on each.
     """
-    spec, tp, size = shard.spec, shard.variant.tp, shard.element_bytes
+    spec, size = shard.spec, shard.element_bytes
     logits = float(shard.num_tokens * shard.vocabulary)
     # F: cast to fp32, read that and write the log-softmax. B: softmax − one-hot from that, cast back
     moved = logits * (size + 3 * LOGIT_BYTES)
@@ -233,12 +239,13 @@ def head(shard: Shard) -> Layer:
     reductions_us = 3 * shard.machine.all_reduce_us(shard.num_tokens * LOGIT_BYTES)
     return (
         shard.norm("final norm"),
-        shard.collective("gather"),
+        shard.gather(),
         shard.linear(
             "logits",
             spec.hidden_size,
             shard.vocabulary,
-            kept_inputs=spec.hidden_size / tp,
+            narrow=False,
+            kept_inputs=shard.part_width,
             kept_outputs=shard.vocabulary,
         ),
         replace(loss, forward_us=loss.forward_us + reductions_us),

@@ -1,10 +1,12 @@
-"""The operations layers are made of, each with its time, FLOPs and bytes on one of `tp` devices.
+"""The operations layers are made of, each with its time, FLOPs and bytes on one device.
 
 What a framework is assumed to do is decided here, operation by operation:
 
-- Sequence parallelism goes with tensor parallelism (arXiv 2205.05198): matrix products are split over the
-  devices, norms, dropout and residuals over the sequence. What is kept between F, B and W is kept as
-  shards; gathering them again for W is taken to hide behind its products.
+- Tensor parallelism splits matrix products over the devices. With sequence parallelism (arXiv 2205.05198) norms,
+  dropout and residuals are split over the sequence, and what is kept between F, B and W is kept as shards;
+  without it every device repeats and keeps them whole.
+- Context parallelism gives a device s / cp tokens, in two pieces such that causal attention is even
+  (ring attention, arXiv 2310.01889; striped as in Megatron-LM).
 - Kernels are fused as in Megatron-LM or under torch.compile: a norm, a gated activation, or a dropout with
   the residual it is added to is one pass over memory.
 - There is dropout where the norm is a LayerNorm (GPT-2, GPT-3 and their like), none with RMSNorm (Llama).
@@ -26,6 +28,7 @@ AttentionKernel = Literal["flash", "unfused"]
 VOCABULARY_MULTIPLE = 128  # Megatron-LM pads the vocabulary to a multiple of this times tp
 FLASH_BACKWARD_FACTOR = 2.5  # five products against two: the scores are computed again
 ROW_STATISTIC_BYTES = 4  # the log-sum-exp of one row of scores, in fp32
+CAST_BYTES = 4  # of one element cast to 8 bits: read in 16, written twice, once of it transposed
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,21 @@ class Operation:
     weight_saved_bytes: float = 0.0  # kept from B to W
     transient_bytes: float = 0.0  # the most it allocates on top while it runs
     num_parameters: float = 0.0  # on this device
+    num_expert_parameters: float = 0.0  # of num_parameters
+    core_bytes: float = 0.0  # of saved_bytes: what selective recompute makes again
+    forward_launches: int = 1  # operations the host has to dispatch for F
+    backward_launches: int = 1
+    weight_launches: int = 0
+    forward_sent_us: float = 0.0  # of forward_us: collectives, which need no multiprocessors
+    backward_sent_us: float = 0.0
+    hideable_us: float = 0.0  # of backward_us: collectives that the W of the next product does not wait for
+    ring_bytes: float = 0.0
+    exchange_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one of `tp` devices holds of a model; ProfileError for a tp that does not divide it."""
+    """What one device holds of a model; ProfileError for degrees that do not divide it."""
 
     spec: ModelSpec
     variant: Variant
@@ -56,17 +69,16 @@ class Shard:
 
     def __post_init__(self) -> None:
         spec, tp = self.spec, self.variant.tp
-        if self.variant.cp > 1 or self.variant.ep > 1:
-            raise ProfileError(
-                f"model {spec.name!r} at {self.variant}: estimates know tensor parallelism only; "
-                "ask for cp=1 and ep=1, or measure a profile"
-            )
         self._must_divide("num_heads", spec.num_heads)
         self._must_divide("sequence_length", self.variant.sequence_length)
+        self._must_divide("sequence_length", self.variant.sequence_length, cp=self.variant.cp)
         if spec.moe is None or spec.moe.num_dense_layers:
             self._must_divide("ffn_size", spec.ffn_size)
         if spec.moe is not None:
             self._must_divide("moe.expert_ffn_size", spec.moe.expert_ffn_size)
+            self._must_divide("moe.num_experts", spec.moe.num_experts, ep=self.variant.ep)
+        elif self.variant.ep > 1:
+            raise ProfileError(f"model {spec.name!r} has no experts: ep={self.variant.ep} means nothing; choose ep=1")
         heads = spec.num_kv_heads
         if spec.latent_attention is None and max(heads, tp) % min(heads, tp):
             raise ProfileError(
@@ -74,13 +86,13 @@ class Shard:
                 f"of it; choose tp from the divisors and multiples of {heads}"
             )
 
-    def _must_divide(self, name: str, size: int) -> None:
-        tp = self.variant.tp
-        if size % tp:
-            raise ProfileError(
-                f"model {self.spec.name!r} has {name} {size}, which tp={tp} does not divide; "
-                f"choose a tp that divides {size}"
-            )
+    def _must_divide(self, name: str, size: int, **degrees: int) -> None:
+        for degree, value in (degrees or {"tp": self.variant.tp}).items():
+            if size % value:
+                raise ProfileError(
+                    f"model {self.spec.name!r} has {name} {size}, which {degree}={value} does not divide; "
+                    f"choose {'an' if degree == 'ep' else 'a'} {degree} that divides {size}"
+                )
 
     @property
     def element_bytes(self) -> int:
@@ -89,8 +101,18 @@ class Shard:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one microbatch."""
-        return self.variant.micro_batch_size * self.variant.sequence_length
+        """Tokens of one microbatch on this device."""
+        return self.variant.micro_batch_size * self.variant.sequence_length // self.variant.cp
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that what is outside of matrix products is split into over the tensor-parallel devices."""
+        return self.variant.tp if self.variant.sequence_parallel else 1
+
+    @property
+    def part_width(self) -> float:
+        """Elements per token that one device keeps of a hidden state."""
+        return self.spec.hidden_size / self.num_parts
 
     @property
     def hidden_bytes(self) -> float:
@@ -99,8 +121,8 @@ class Shard:
 
     @property
     def shard_bytes(self) -> float:
-        """Hidden states of this device's part of the sequence."""
-        return self.hidden_bytes / self.variant.tp
+        """Hidden states of the part of the sequence that this device normalizes and adds up."""
+        return self.hidden_bytes / self.num_parts
 
     @property
     def has_dropout(self) -> bool:
@@ -134,22 +156,31 @@ class Shard:
         rows: float | None = None,
         groups: int = 1,
         bias: bool = False,
+        experts: bool = False,
+        narrow: bool | None = None,
     ) -> Operation:
         """Y = X W with `inputs` × `outputs` weights on this device; X has one row per token unless told.
 
         B is dX = dY Wᵀ and W is dW = Xᵀ dY: the FLOPs of F in other shapes. `kept_inputs` and
         `kept_outputs` are elements per token of the microbatch: what this device keeps of X from F to W,
         and of dY from B to W. With `groups` (experts), each has its own weights and an even part of `rows`.
+        `narrow`: in 8 bits, as all linear layers of blocks are where the dtype is float8.
         """
+        narrow = self.variant.dtype == "float8" if narrow is None else narrow
         machine, tokens = self.machine, self.num_tokens
         rows = tokens if rows is None else rows
         group_rows, weights = rows / groups, inputs * outputs * groups
         flops = 2.0 * rows * inputs * outputs
+        cast_us = [machine.memory_us(CAST_BYTES * rows * width) if narrow else 0.0 for width in (inputs, outputs)]
+        bias_us = machine.memory_us(rows * outputs * self.element_bytes) if bias else 0.0  # its gradient: a sum
         return Operation(
             name,
-            forward_us=machine.matmul_us(group_rows, outputs, inputs, groups=groups),
-            backward_us=machine.matmul_us(group_rows, inputs, outputs, groups=groups),
-            weight_us=machine.matmul_us(inputs, outputs, group_rows, groups=groups) + self.accumulate_us(weights),
+            forward_us=machine.matmul_us(group_rows, outputs, inputs, groups=groups, wide=not narrow) + cast_us[0],
+            backward_us=machine.matmul_us(group_rows, inputs, outputs, groups=groups, wide=not narrow)
+            + cast_us[1]
+            + bias_us,
+            weight_us=machine.matmul_us(inputs, outputs, group_rows, groups=groups, wide=not narrow)
+            + self.accumulate_us(weights),
             forward_flops=flops,
             backward_flops=flops,
             weight_flops=flops,
@@ -157,6 +188,10 @@ class Shard:
             weight_saved_bytes=tokens * (kept_inputs + kept_outputs) * self.element_bytes,
             transient_bytes=max(rows * (inputs + outputs), weights) * self.element_bytes,
             num_parameters=weights + (outputs * groups if bias else 0),
+            num_expert_parameters=weights if experts else 0,
+            forward_launches=2,
+            backward_launches=2,
+            weight_launches=2,
         )
 
     def accumulate_us(self, num_parameters: float) -> float:
@@ -186,7 +221,7 @@ class Shard:
     def norm(self, name: str, width: int | None = None) -> Operation:
         """LayerNorm or RMSNorm of this part of the sequence: y from x; dx from x and dy. Keeps x."""
         width = self.spec.hidden_size if width is None else width
-        size = self.num_tokens * width * self.element_bytes / self.variant.tp
+        size = self.num_tokens * width * self.element_bytes / self.num_parts
         num_parameters = width * (2 if self.spec.norm == "layernorm" else 1)
         return self.elementwise(name, forward=2 * size, backward=3 * size, saved=size, num_parameters=num_parameters)
 
@@ -198,10 +233,44 @@ class Shard:
         mask = size / self.element_bytes  # one byte per element
         return self.elementwise(name, forward=3 * size + mask, backward=5 * size + mask, saved=mask)
 
-    def collective(self, name: str, num_bytes: float | None = None) -> Operation:
-        """All-gather along the sequence in F and reduce-scatter in B, or the other way round."""
-        time_us = self.machine.gather_us(self.hidden_bytes if num_bytes is None else num_bytes)
-        return Operation(name, forward_us=time_us, backward_us=time_us)
+    def gather(self, num_bytes: float | None = None) -> Operation:
+        """Before a product whose columns are split: all-gather along the sequence in F, reduce-scatter in B.
+
+        Without sequence parallelism nothing in F, and an all-reduce in B. W of the product waits for neither.
+        """
+        size = self.hidden_bytes if num_bytes is None else num_bytes
+        if self.variant.tp == 1:
+            return Operation("gather", forward_launches=0, backward_launches=0)
+        if not self.variant.sequence_parallel:
+            back_us = self.machine.all_reduce_us(size)
+            return Operation(
+                "all-reduce", backward_us=back_us, backward_sent_us=back_us, hideable_us=back_us, forward_launches=0
+            )
+        time_us = self.machine.gather_us(size)
+        return Operation(
+            "gather",
+            forward_us=time_us,
+            backward_us=time_us,
+            forward_sent_us=time_us,
+            backward_sent_us=time_us,
+            hideable_us=time_us,
+        )
+
+    def scatter(self, num_bytes: float | None = None) -> Operation:
+        """After a product whose rows are split: reduce-scatter along the sequence in F, all-gather in B.
+
+        Without sequence parallelism an all-reduce in F, and nothing in B.
+        """
+        size = self.hidden_bytes if num_bytes is None else num_bytes
+        if self.variant.tp == 1:
+            return Operation("scatter", forward_launches=0, backward_launches=0)
+        if not self.variant.sequence_parallel:
+            time_us = self.machine.all_reduce_us(size)
+            return Operation("all-reduce", forward_us=time_us, forward_sent_us=time_us, backward_launches=0)
+        time_us = self.machine.gather_us(size)
+        return Operation(
+            "scatter", forward_us=time_us, backward_us=time_us, forward_sent_us=time_us, backward_sent_us=time_us
+        )
 
     def activation(self, name: str, width: float, rows: float) -> Operation:
         """GeLU of `width` values per row, or silu(gate) · up of two times as many. Keeps what it read."""
@@ -218,41 +287,58 @@ class Shard:
         tokens, length, size = self.num_tokens, self.variant.sequence_length, self.element_bytes
         inputs = tokens * (self.heads * qk_dim + kv_heads * (qk_dim + value_dim)) * size
         output = tokens * self.heads * value_dim * size
+        ring = tokens * kv_heads * (qk_dim + value_dim) * size if self.variant.cp > 1 else 0.0
         if self.attention_kernel == "unfused":
-            return self._unfused_attention(qk_dim, value_dim, inputs, output)
+            return self._unfused_attention(qk_dim, value_dim, inputs, output, ring)
         scores_per_row = (length + min(length, CAUSAL_BLOCK)) / 2
         flops = 2.0 * tokens * self.heads * (qk_dim + value_dim) * scores_per_row
         backward_flops = FLASH_BACKWARD_FACTOR * flops
         head_dim, moved = (qk_dim + value_dim) / 2, inputs + output
+        statistics = tokens * self.heads * ROW_STATISTIC_BYTES
         return Operation(
             "attention",
             forward_us=self.machine.flash_attention_us(flops, head_dim, moved),
             backward_us=self.machine.flash_attention_us(backward_flops, head_dim, 2 * moved + output),
             forward_flops=flops,
             backward_flops=backward_flops,
-            saved_bytes=inputs + tokens * self.heads * ROW_STATISTIC_BYTES,
+            saved_bytes=inputs + statistics,
+            core_bytes=statistics,
             transient_bytes=moved,
+            ring_bytes=ring,
         )
 
-    def _unfused_attention(self, qk_dim: int, value_dim: int, inputs: float, output: float) -> Operation:
+    def _unfused_attention(
+        self, qk_dim: int, value_dim: int, inputs: float, output: float, ring: float
+    ) -> Operation:
         """As before flash attention: all scores computed, then masked; softmax and dropout in memory."""
         machine, length, size = self.machine, self.variant.sequence_length, self.element_bytes
-        groups = self.variant.micro_batch_size * self.heads
-        scores = float(groups * length * length)
+        groups, rows = self.variant.micro_batch_size * self.heads, length // self.variant.cp
+        scores = float(groups * rows * length)
         mask, dropped = (scores, 2 * scores * size) if self.has_dropout else (0.0, 0.0)
-        to_scores_us = machine.matmul_us(length, length, qk_dim, groups=groups)
-        to_values_us = machine.matmul_us(length, value_dim, length, groups=groups)
-        score_gradient_us = machine.matmul_us(length, length, value_dim, groups=groups)
-        qk_gradient_us = machine.matmul_us(length, qk_dim, length, groups=groups)
+        to_scores_us = machine.matmul_us(rows, length, qk_dim, groups=groups, wide=True)
+        to_values_us = machine.matmul_us(rows, value_dim, length, groups=groups, wide=True)
+        score_gradient_us = machine.matmul_us(rows, length, value_dim, groups=groups, wide=True)
+        qk_gradient_us = machine.matmul_us(rows, qk_dim, length, groups=groups, wide=True)
         softmax_us = machine.memory_us(2 * scores * size + dropped + mask)
         softmax_gradient_us = machine.memory_us(3 * scores * size + dropped + mask)
+        copied_us = machine.memory_us(2 * output)  # heads of the output laid side by side again
         flops = 2.0 * scores * (qk_dim + value_dim)
+        core = scores * size * (2 if self.has_dropout else 1) + mask
         return Operation(
             "attention",
-            forward_us=to_scores_us + softmax_us + to_values_us,
-            backward_us=to_values_us + score_gradient_us + softmax_gradient_us + 2 * qk_gradient_us,
+            forward_us=to_scores_us + softmax_us + to_values_us + copied_us,
+            backward_us=to_values_us
+            + score_gradient_us
+            + softmax_gradient_us
+            + 2 * qk_gradient_us
+            + copied_us
+            + machine.memory_us(2 * inputs),
             forward_flops=flops,
             backward_flops=2 * flops,
-            saved_bytes=inputs + scores * size * (2 if self.has_dropout else 1) + mask,
+            saved_bytes=inputs + core,
+            core_bytes=core,
             transient_bytes=inputs + output + 2 * scores * size,
+            forward_launches=6,
+            backward_launches=8,
+            ring_bytes=ring,
         )
