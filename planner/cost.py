@@ -88,6 +88,7 @@ class LayerFloor(NamedTuple):
     """The least a layer can cost, over its choices of recomputation and over devices."""
 
     forward_us: float
+    backward_us: float  # until the gradient leaves it: B, or the fused backward if that is less
     fused_us: float  # fused backward
     work_us: float  # F and backward, split or fused, whichever is less
     dense_parameters: float
@@ -108,15 +109,19 @@ class StepFloor:
         head_r + m · work_r ≤ M − fixed − (rest: least optimizer) and head_r + m · work_r + busy_r − hidden_r + o_r ≤ M
 
     with head_r the time before rank r can start. `step_us` is the least M at which the layers can be dealt to the
-    ranks so that neither is broken. With one chunk per rank, ranks take consecutive layers, and giving each as many as
-    fit is best (a later cut never hurts the ranks behind). With several chunks, the k-th rank that is entered waits for
-    at least k layers, and ranks are only asked to hold enough load between them, whole blocks at a time.
+    ranks so that neither is broken. Between a rank's first F and last B lie all its F and B, and the gradient then has
+    to go back through all layers before: head_r + m · (F + B)_r + tail_r ≤ M, with W in it where it is not split.
+
+    With one chunk per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never
+    hurts the ranks behind. With several chunks, the k-th rank that is entered waits for at least k layers (slower ranks
+    are taken to wait longest), and ranks are only asked to hold enough load between them, whole blocks at a time.
     """
 
     layers: tuple[LayerFloor, ...]
     totals: LayerFloor  # sums over the layers
     candidate: Candidate
     traffic: StepTraffic
+    speeds: tuple[float, ...]  # of every rank's devices relative to the fastest, as `layers` are costed; shape (p,)
     hop_us: float  # least transfer to the next rank
     room_bytes: float = math.inf  # what all ranks of one replica together have for activations
 
@@ -127,6 +132,16 @@ class StepFloor:
     @cached_property
     def _backward(self) -> list[float]:
         return list(accumulate((layer.fused_us for layer in self.layers), initial=0.0))
+
+    @cached_property
+    def _inward(self) -> list[float]:
+        return list(accumulate((layer.backward_us for layer in self.layers), initial=0.0))
+
+    @cached_property
+    def _passing(self) -> list[float]:
+        """m · (F + B) of every layer, summed from the front: what lies between a rank's first F and last B."""
+        m = self.candidate.num_microbatches
+        return list(accumulate((m * (layer.forward_us + layer.backward_us) for layer in self.layers), initial=0.0))
 
     @cached_property
     def _plain(self) -> list[float]:
@@ -153,14 +168,17 @@ class StepFloor:
     def quick_us(self) -> float:
         """A weaker bound in no time: the average rank."""
         totals, m, pp = self.totals, self.candidate.num_microbatches, self.candidate.pp
-        plain = m * totals.work_us / pp
-        return max(plain, plain + self._after_us(totals) / pp) + self.traffic.fixed_us
+        ranks = sum(self.speeds)
+        plain = m * totals.work_us / ranks
+        loaded = plain + self._after_us(totals) / pp if ranks == pp else 0.0
+        return max(plain, loaded) + self.traffic.fixed_us
 
     def step_us(self, *, splits_backward: bool) -> float:
         """The bound on the whole step; `splits_backward` if any order may run B and W apart."""
-        low = max(self.quick_us, self._memory_us())
+        low = max(self.quick_us, self._memory_us() + self.traffic.fixed_us)
         if self.candidate.pp == 1:
             return low
+        low = max(low, self._chain_us(splits_backward) + self.traffic.fixed_us)
         chunks = self.candidate.virtual_stages > 1
         high = 2 * low + self._forward[-1] + self._backward[-1] + 2 * self.candidate.pp * self.hop_us
         fits = self._fits_chunks if chunks else self._fits
@@ -176,6 +194,19 @@ class StepFloor:
                 low = middle
         return low
 
+    def _chain_us(self, splits_backward: bool) -> float:
+        """One microbatch passes all stages forth and back, and the others pass the largest stage besides.
+
+        Between the first F and the last B of a stage lie all its F and B, before that the F of every stage before it,
+        after that their B. Of S stages, one has at least ⌈(L − 2) / S⌉ blocks.
+        """
+        c, totals, blocks = self.candidate, self.totals, self.layers[1:-1]
+        hops_us = 2 * (c.pp - 1) * self.hop_us
+        passed = [b.forward_us + (b.backward_us if splits_backward else b.fused_us) for b in blocks]
+        largest_us = -(-len(blocks) // c.num_stages) * min(passed, default=0.0)
+        through_us = totals.forward_us + (totals.backward_us if splits_backward else totals.fused_us)
+        return through_us + hops_us + (c.num_microbatches - 1) * largest_us
+
     def _memory_us(self) -> float:
         """Bytes × lifetime of all microbatches fit in the room × makespan, at the cost of recomputing what does not.
 
@@ -183,7 +214,7 @@ class StepFloor:
         later layer, forward and back. Each layer may choose any point of its hull: taking the steepest pieces first,
         M ≥ max(m · work(x) / p, m · held(x) / room) is least where the two meet.
         """
-        m, pp = self.candidate.num_microbatches, self.candidate.pp
+        m, pp = self.candidate.num_microbatches, sum(self.speeds)
         work = sum(layer.hull[0][0] for layer in self.layers)
         held = sum(layer.hull[0][1] for layer in self.layers)
         if math.isinf(self.room_bytes) or held / self.room_bytes <= work / pp:
@@ -203,11 +234,19 @@ class StepFloor:
     def _fits(self, deadline_us: float, splits_backward: bool) -> bool:
         cut, last = 0, len(self.layers)
         left = deadline_us - self.traffic.fixed_us
-        for rank in range(self.candidate.pp):
-            head = self._forward[cut] + rank * self.hop_us
-            tail = 0.0 if splits_backward else self._backward[cut] + rank * self.hop_us
-            reach = bisect_right(self._plain, self._plain[cut] + left - head - tail)
-            if self._ascends:
+        for rank, speed in enumerate(self.speeds):
+            hops = rank * self.hop_us
+            head = self._forward[cut] + hops
+            tail = self._inward[cut] + hops
+            if splits_backward:
+                reach = min(
+                    bisect_right(self._plain, self._plain[cut] + (left - head) * speed),
+                    bisect_right(self._passing, self._passing[cut] + (left - head - tail) * speed),
+                )
+            else:
+                tail = self._backward[cut] + hops
+                reach = bisect_right(self._plain, self._plain[cut] + (left - head - tail) * speed)
+            if self._ascends and speed == 1.0:
                 reach = min(reach, bisect_right(self._loaded, self._loaded[cut] + left - head))
             cut = max(cut, reach - 1)
             if cut >= last:
@@ -221,16 +260,21 @@ class StepFloor:
         if not blocks:
             return True
         lightest = min(blocks, key=lambda layer: layer.work_us)
-        each_us = max(m * lightest.work_us, m * lightest.work_us + min(map(self._after_us, blocks)))
+        each_us = m * (lightest.work_us + max(0.0, min(map(self._after_us, blocks)) / m))
+        passed_us = m * min(layer.forward_us + layer.backward_us for layer in blocks)
         head_us = min(layer.forward_us for layer in blocks) + self.hop_us
-        if not splits_backward:
-            head_us += min(layer.fused_us for layer in blocks) + self.hop_us
-        held = total = 0.0
-        for rank in range(self.candidate.pp):
-            room = left - max(0, rank - 1) * head_us
-            held += math.floor(room / each_us + 1e-9) if room > 0 and each_us > 0 else 0
-            total += max(0.0, room)
-        return held >= len(blocks) and total >= max(self._plain[-1], self._loaded[-1])
+        tail_us = min(layer.backward_us if splits_backward else layer.fused_us for layer in blocks) + self.hop_us
+        held, total = 0, 0.0
+        for rank, speed in enumerate(sorted(self.speeds, reverse=True)):
+            before = max(0, rank - 1)
+            room = left - before * (head_us if splits_backward else head_us + tail_us)
+            most = room * speed / (each_us if speed == 1.0 else m * lightest.work_us)
+            if splits_backward:
+                most = min(most, (left - before * (head_us + tail_us)) * speed / passed_us)
+            held += max(0, math.floor(most + 1e-9))
+            total += max(0.0, room * speed)
+        needed = max(self._plain[-1], self._loaded[-1]) if min(self.speeds) == 1.0 else self._plain[-1]
+        return held >= len(blocks) and total >= needed
 
 
 def least_work_us(layer: LayerProfile) -> float:

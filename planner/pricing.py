@@ -166,6 +166,10 @@ class Pricer:
         )
         self._point_to_point = None if links is None else links.point_to_point
         self.capacity_bytes = capacity_bytes(smallest_device(job.cluster))
+        self._group_of_device = [
+            index for index, group in enumerate(job.cluster.groups) for _ in range(group.num_devices)
+        ]
+        self._ranks: dict[int, tuple[int, ...]] = {}
         self.known_variants = frozenset(job.profile.variants)
         self._options: dict[Candidate, LayerOptions] = {}
         self._floors: dict[int, tuple[tuple[LayerFloor, ...], LayerFloor]] = {}
@@ -173,6 +177,40 @@ class Pricer:
         self._spans: dict[tuple[object, ...], Spans] = {}
 
     # what a candidate is made of
+
+    def group_of_rank(self, pp: int) -> tuple[int, ...]:
+        """The node group of every pipeline rank, devices taken in order, shape (pp,); of several, the slowest."""
+        if len(self.job.cluster.groups) == 1:
+            return (0,) * pp
+        if pp not in self._ranks:
+            each, groups = len(self._group_of_device) // pp, self.job.cluster.groups
+            rates = [g.device.peak_flops.get(self.job.dtype, 0.0) * g.device.matmul_efficiency for g in groups]
+            self._ranks[pp] = tuple(
+                min(set(self._group_of_device[rank * each : (rank + 1) * each]), key=lambda index: rates[index])
+                for rank in range(pp)
+            )
+        return self._ranks[pp]
+
+    def capacities(self, candidate: Candidate) -> list[int]:
+        """What a process of each pipeline rank may use, in bytes, shape (pp,)."""
+        groups = self.job.cluster.groups
+        if len(groups) == 1:
+            return [self.capacity_bytes] * candidate.pp
+        each, rooms = len(self._group_of_device) // candidate.pp, [capacity_bytes(g.device) for g in groups]
+        ranks = range(candidate.pp)
+        return [min(rooms[i] for i in set(self._group_of_device[r * each : (r + 1) * each])) for r in ranks]
+
+    def _speeds(self, candidate: Candidate) -> tuple[tuple[float, ...], int]:
+        """How fast the devices of each rank are against the fastest group (at most 1), and which group that is."""
+        if len(self.job.profiles) == 1:
+            return (1.0,) * candidate.pp, 0
+        all_options = [self.options(candidate, group).base for group in range(len(self.job.profiles))]
+        fastest = min(range(len(all_options)), key=lambda group: sum(map(least_work_us, all_options[group])))
+        speed = [
+            min(1.0, max(least_work_us(f) / least_work_us(o) for f, o in zip(all_options[fastest], own, strict=True)))
+            for own in all_options
+        ]
+        return tuple(speed[group] for group in self.group_of_rank(candidate.pp)), fastest
 
     def choices(self, candidate: Candidate) -> tuple[Recompute, ...]:
         """What its layers may recompute, as far as the profile knows."""
@@ -233,8 +271,9 @@ class Pricer:
 
     def floor(self, candidate: Candidate) -> StepFloor:
         """A lower bound on every step time of this candidate."""
-        options = self.options(candidate)
-        room = candidate.pp * self.capacity_bytes - self.states_bytes(candidate, options.base)
+        speeds, fastest = self._speeds(candidate)
+        options = self.options(candidate, fastest if len(self.job.profiles) > 1 else None)
+        room = sum(self.capacities(candidate)) - self.states_bytes(candidate, options.base)
         hop_us = self.transfer_us(candidate, min((layer.output_bytes for layer in options.base[:-1]), default=0))
         layers, totals = self._layer_floors(options)
         return StepFloor(
@@ -242,6 +281,7 @@ class Pricer:
             totals=totals,
             candidate=candidate,
             traffic=self.traffic(candidate),
+            speeds=speeds,
             hop_us=hop_us if candidate.pp > 1 else 0.0,
             room_bytes=max(1, room),
         )
@@ -286,33 +326,47 @@ class Pricer:
         options, chunks = self.options(candidate), candidate.virtual_stages
         boundary = max((layer.output_bytes for layer in options.base[:-1]), default=0)
         room = [
-            self.capacity_bytes - buffer_bytes(boundary, num_neighbours(placement, rank))
-            for rank in range(candidate.pp)
+            capacity - buffer_bytes(boundary, num_neighbours(placement, rank))
+            for rank, capacity in enumerate(self.capacities(candidate))
         ]
         separate = chunks > 1 and not shares_ranks
-        least = [min(layer.temporary_bytes for layer in same) for same in zip(*options.layers, strict=True)]
         if separate:
-            room = [
-                (room[rank] - max(*least, *(layer.temporary_bytes for layer in options.base))) // chunks
-                for rank in placement
-            ]
-        base = _columns(self, options.layers[0], candidate, splits_backward)
+            largest = max(layer.temporary_bytes for layers in options.layers for layer in layers)
+            room = [(room[rank] - largest) // chunks for rank in placement]
+        columns = [
+            _columns(self, candidate, index, splits_backward, placement if separate else None)
+            for index in range(len(options.choices))
+        ]
         problem = StagePartition(
-            times_us=base.times_us,
+            times_us=columns[0].times_us,
+            times_by_rank=columns[0].times_by_rank,
             num_stages=candidate.num_stages,
             static_bytes=tuple(self.states_bytes(candidate, [layer]) for layer in options.base),
-            activation_bytes=base.activation_bytes,
+            activation_bytes=columns[0].activation_bytes,
             in_flight=tuple(forwards for forwards, _ in held),
-            weight_activation_bytes=base.weight_activation_bytes,
+            weight_activation_bytes=columns[0].weight_activation_bytes,
             weights_in_flight=tuple(weights for _, weights in held),
-            temporary_bytes=None if separate else base.temporary_bytes,
+            temporary_bytes=columns[0].temporary_bytes,
             capacity_bytes=tuple(room),
             rank_of_stage=None if separate else placement,
-            choices=tuple(
-                _columns(self, layers, candidate, splits_backward, separate=separate) for layers in options.layers[1:]
-            ),
+            choices=tuple(columns[1:]),
         )
         return solve_partition(problem, time_limit_s=time_limit_s, seed=seed)
+
+    def step_times_us(
+        self, candidate: Candidate, layers: Sequence[LayerProfile], splits_backward: bool
+    ) -> tuple[int, ...]:
+        """What every layer adds to its rank's step: all microbatches, traffic that shows, optimizer; whole µs."""
+        m, traffic, size = candidate.num_microbatches, self.traffic(candidate), BYTES_PER_ELEMENT[self.job.dtype]
+        made: dict[int, int] = {}
+        for layer in layers:
+            if id(layer) not in made:
+                experts = layer.expert_parameter_bytes / size
+                busy = traffic.busy_us(layer.parameter_bytes / size - experts, experts)
+                hidden = traffic.hidden_us(layer.forward_us, layer.fused_backward_us)
+                after = max(0.0, busy - hidden) + optimizer_us(layer.optimizer_us, candidate)
+                made[id(layer)] = round(m * _work_us(layer, splits_backward) + after)
+        return tuple(made[id(layer)] for layer in layers)
 
     def cut(
         self,
@@ -323,6 +377,14 @@ class Pricer:
     ) -> Cut:
         """These cuts, priced stage by stage; `choices` says what each layer recomputes, by index."""
         layers = self.options(candidate).chosen(choices)
+        if len(self.job.profiles) > 1:
+            groups, ends = self.group_of_rank(candidate.pp), (0, *cuts, len(layers))
+            own = [self.options(candidate, group).chosen(choices) for group in range(len(self.job.profiles))]
+            layers = tuple(
+                layer
+                for rank, (first, last) in zip(placement, pairwise(ends), strict=True)
+                for layer in own[groups[rank]][first:last]
+            )
         stages = stage_costs(layers, cuts, placement, lambda size: self.transfer_us(candidate, size))
         return Cut(candidate, layers, tuple(cuts), placement, stages)
 
@@ -393,15 +455,17 @@ class Pricer:
                 candidate=cut.candidate,
                 precision=self.job.precision,
                 peak_activation_bytes=math.ceil(peak),
-                capacity=self.capacity_bytes,
+                capacity=capacity,
             )
-            for rank, peak in enumerate(peak_activation_bytes)
+            for rank, (peak, capacity) in enumerate(
+                zip(peak_activation_bytes, self.capacities(cut.candidate), strict=True)
+            )
         )
 
     def activation_room(self, cut: Cut) -> list[int]:
         """Bytes that every rank has left for activations, shape (p,); negative where the model states overflow."""
         empty = self.memory(cut, [0.0] * cut.candidate.pp)
-        return [self.capacity_bytes - fixed.total_bytes for fixed in empty]
+        return [fixed.capacity_bytes - fixed.total_bytes for fixed in empty]
 
     def solve_order(
         self, cut: Cut, *, solver: str, time_limit_s: float, seed: int
@@ -444,24 +508,21 @@ class Pricer:
 
 
 def _columns(
-    pricer: Pricer,
-    layers: Sequence[LayerProfile],
-    candidate: Candidate,
-    splits_backward: bool,
-    *,
-    separate: bool = False,
+    pricer: Pricer, candidate: Candidate, choice: int, splits_backward: bool, separate: tuple[int, ...] | None
 ) -> LayerChoice:
-    """What the partition asks of the layers under one choice."""
-    m, traffic, size = candidate.num_microbatches, pricer.traffic(candidate), BYTES_PER_ELEMENT[pricer.job.dtype]
-    times = []
-    for layer in layers:
-        experts = layer.expert_parameter_bytes / size
-        busy = traffic.busy_us(layer.parameter_bytes / size - experts, experts)
-        hidden = traffic.hidden_us(layer.forward_us, layer.fused_backward_us)
-        update = optimizer_us(layer.optimizer_us, candidate)
-        times.append(max(0, round(m * _work_us(layer, splits_backward) + max(0.0, busy - hidden) + update)))
+    """What the partition asks of the layers under one choice; `separate`: the rank of stages that share no memory."""
+    layers = pricer.options(candidate).layers[choice]
+    by_rank = None
+    if len(pricer.job.profiles) > 1:
+        by_group = [
+            pricer.step_times_us(candidate, pricer.options(candidate, group).layers[choice], splits_backward)
+            for group in range(len(pricer.job.profiles))
+        ]
+        ranks = pricer.group_of_rank(candidate.pp)
+        by_rank = tuple(by_group[ranks[rank]] for rank in separate or range(candidate.pp))
     return LayerChoice(
-        times_us=tuple(times),
+        times_us=pricer.step_times_us(candidate, layers, splits_backward),
+        times_by_rank=by_rank,
         activation_bytes=tuple(layer.activation_bytes for layer in layers),
         weight_activation_bytes=tuple(layer.weight_activation_bytes for layer in layers),
         temporary_bytes=None if separate else tuple(layer.temporary_bytes for layer in layers),
@@ -481,6 +542,7 @@ def _layer_floors(options: LayerOptions, dtype: Dtype) -> tuple[LayerFloor, ...]
             made[key] = (
                 LayerFloor(
                     forward_us=min(layer.forward_us for layer in same),
+                    backward_us=min(min(layer.backward_input_us, layer.fused_backward_us) for layer in same),
                     fused_us=min(layer.fused_backward_us for layer in same),
                     work_us=min(map(least_work_us, same)),
                     dense_parameters=base.parameter_bytes / size - experts,
@@ -500,6 +562,7 @@ def _total(layers: Sequence[LayerFloor]) -> LayerFloor:
     """Sums over all layers."""
     return LayerFloor(
         forward_us=sum(layer.forward_us for layer in layers),
+        backward_us=sum(layer.backward_us for layer in layers),
         fused_us=sum(layer.fused_us for layer in layers),
         work_us=sum(layer.work_us for layer in layers),
         dense_parameters=sum(layer.dense_parameters for layer in layers),

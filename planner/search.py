@@ -198,7 +198,7 @@ class _Search:
     def _overflows_everywhere(self, candidate: Candidate) -> bool:
         """All ranks together cannot hold the model states and one microbatch: a proof that no cut fits."""
         need = self.pricer.least_bytes(candidate)
-        if need <= candidate.pp * self.pricer.capacity_bytes:
+        if need <= sum(self.pricer.capacities(candidate)):
             return False
         share = need / candidate.pp
         self._note_miss(share, f"{_named(candidate)} needs at least {_gib(share)} per device")
