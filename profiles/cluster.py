@@ -64,6 +64,7 @@ class NodeGroup(Facts):
     num_nodes: Count
     devices_per_node: Count
     intra_node: Link
+    uplink: Link | None = None  # what one device gets out of its node, where it is not the cluster's inter_node
 
     @property
     def num_devices(self) -> int:
@@ -72,7 +73,12 @@ class NodeGroup(Facts):
 
 
 class Cluster(Facts):
-    """Groups of nodes and the network between them."""
+    """Groups of nodes and the network between them.
+
+    A node is what a device reaches over its fastest links. Where those end inside a host, as with islands of four
+    GPUs, an island is the node, the host is the pod, `inter_node` is the link between islands of a host and
+    `inter_pod` the network.
+    """
 
     schema_version: Literal["pipewright.cluster/1"] = Field(default="pipewright.cluster/1", alias="schema")
     name: str
@@ -80,6 +86,7 @@ class Cluster(Facts):
     inter_node: Link
     nodes_per_pod: Count | None = None
     inter_pod: Link | None = None
+    rails: bool = False  # device i of every node hangs on switch i of its pod
     source: str
 
     @model_validator(mode="after")
@@ -106,39 +113,76 @@ class Cluster(Facts):
         sizes = [group.devices_per_node for group in self.groups for _ in range(group.num_nodes)]
         return tuple(node for node, size in enumerate(sizes) for _ in range(size))
 
+    @cached_property
+    def group_index_of_node(self) -> tuple[int, ...]:
+        """Index into `groups` of every node, shape (num_nodes,)."""
+        return tuple(index for index, group in enumerate(self.groups) for _ in range(group.num_nodes))
+
     def group_of_node(self, node: int) -> NodeGroup:
         """The group that holds node `node` (from 0)."""
-        for group in self.groups:
-            if node < group.num_nodes:
-                return group
-            node -= group.num_nodes
-        raise IndexError(f"cluster {self.name!r} has {self.num_nodes} nodes")
+        if not 0 <= node < self.num_nodes:
+            raise IndexError(f"cluster {self.name!r} has {self.num_nodes} nodes")
+        return self.groups[self.group_index_of_node[node]]
+
+    def uplink_of_node(self, node: int) -> Link:
+        """What one device of this node gets to a node of the same pod."""
+        return self.group_of_node(node).uplink or self.inter_node
+
+    def pod_of_node(self, node: int) -> int:
+        """The pod of a node; 0 where there are no pods."""
+        return 0 if self.nodes_per_pod is None else node // self.nodes_per_pod
+
+    @cached_property
+    def narrowest_uplink(self) -> Link:
+        """The slowest of all links out of nodes: the pace of a collective that crosses every node."""
+        return _narrowest([group.uplink or self.inter_node for group in self.groups])
 
     def link_between(self, device_a: int, device_b: int) -> Link:
         """The narrowest link on the way between two devices."""
         node_a, node_b = self.node_of_device[device_a], self.node_of_device[device_b]
         on_the_way = [self.group_of_node(node).intra_node for node in (node_a, node_b)]
         if node_a != node_b:
-            on_the_way.append(self.inter_node)
-            if self.nodes_per_pod is not None and node_a // self.nodes_per_pod != node_b // self.nodes_per_pod:
-                assert self.inter_pod is not None  # checked at construction
+            on_the_way += [self.uplink_of_node(node) for node in (node_a, node_b)]
+            if self.inter_pod is not None and self.pod_of_node(node_a) != self.pod_of_node(node_b):
                 on_the_way.append(self.inter_pod)
-        return min(on_the_way, key=lambda link: link.bandwidth_bytes_per_s * link.efficiency)
+        return _narrowest(on_the_way)
 
     def graph(self) -> "nx.Graph[tuple[str, int]]":
-        """Devices, nodes and pods as a tree with a `link` on every edge.
+        """Devices, nodes, rails and pods with a `link` on every edge; a tree where there are no rails.
 
-        Vertices are ("device", i), ("node", n), ("pod", k) and ("cluster", 0); the link of an edge is what
-        one device gets when its traffic takes that edge.
+        Vertices are ("device", i), ("node", n), ("rail", r), ("pod", k) and ("cluster", 0); the link of an edge is
+        what one device gets when its traffic takes that edge. Devices and nodes carry `group`, their index into
+        `groups`, and devices carry `device`, its name. A rail is a switch: number r = pod · w + i joins devices i of
+        the pod's nodes, where w is the most devices of any node, and stands between the nodes and the pod.
         """
         import networkx as nx  # slow to load, and most callers ask for no graph
 
         graph: nx.Graph[tuple[str, int]] = nx.Graph(name=self.name)
-        per_pod = self.nodes_per_pod or self.num_nodes
+        for node, index in enumerate(self.group_index_of_node):
+            graph.add_node(("node", node), group=index)
+        trunk = max((group.uplink or self.inter_node for group in self.groups), key=_achieved)
+        widest = max(group.devices_per_node for group in self.groups)
+        place, last = 0, -1
         for device, node in enumerate(self.node_of_device):
-            graph.add_edge(("device", device), ("node", node), link=self.group_of_node(node).intra_node)
+            place, last = (place + 1 if node == last else 0), node
+            index, pod = self.group_index_of_node[node], self.pod_of_node(node)
+            group = self.groups[index]
+            graph.add_node(("device", device), group=index, device=group.device.name)
+            graph.add_edge(("device", device), ("node", node), link=group.intra_node)
+            if self.rails:
+                rail = ("rail", pod * widest + place)
+                graph.add_edge(("device", device), rail, link=self.uplink_of_node(node))
+                graph.add_edge(rail, ("pod", pod), link=trunk)
         for node in range(self.num_nodes):
-            graph.add_edge(("node", node), ("pod", node // per_pod), link=self.inter_node)
-        for pod in range(-(-self.num_nodes // per_pod)):
-            graph.add_edge(("pod", pod), ("cluster", 0), link=self.inter_pod or self.inter_node)
+            if not self.rails:
+                graph.add_edge(("node", node), ("pod", self.pod_of_node(node)), link=self.uplink_of_node(node))
+            graph.add_edge(("pod", self.pod_of_node(node)), ("cluster", 0), link=self.inter_pod or self.inter_node)
         return graph
+
+
+def _narrowest(links: list[Link]) -> Link:
+    return min(links, key=_achieved)
+
+
+def _achieved(link: Link) -> float:
+    return link.bandwidth_bytes_per_s * link.efficiency
