@@ -1,30 +1,25 @@
 """What a user can ask for, as functions: each command of `pipewright` calls one of these."""
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from planner.assembly import assemble, runners_up
+from planner.assembly import NUM_ALTERNATIVES, assemble, next_best, runners_up
 from planner.errors import LayoutError, PlanError, ScheduleError
-from planner.jobs import prepare
-from planner.layout import Degrees, Pins, enumerate_space
-from planner.plans import Plan, Precision, RecomputePlan
-from planner.pricing import PricedLayout, Pricer
-from planner.schedule.families import get_family
-from planner.search import SearchProgress, SearchResult, search
+from planner.layout import Degrees, Pins
+from planner.plans import WITHOUT_PINS, Plan, Precision, RecomputePlan
+from planner.pricing import PricedLayout
+from planner.questions import MAX_MICRO_BATCH, ask, check_time_limit
+from planner.questions import load_model as load_model
+from planner.search import SearchProgress, SearchResult
 from planner.verify import verify
-from profiles.catalog import load_cluster, load_model_spec
+from profiles.catalog import load_model_spec
 from profiles.cluster import Cluster
 from profiles.errors import ProfileError
-from profiles.facts import is_file, parse_facts, read_text
-from profiles.model import BYTES_PER_ELEMENT, Dtype, ModelProfile, ModelSpec, Recompute
+from profiles.model import Dtype, ModelProfile, ModelSpec, Recompute
 
 DEFAULT_TIME_LIMIT_S = 30.0
-MAX_BATCH = 10**8
-MAX_SEQUENCE = 10**8
-MAX_MICRO_BATCH = 10**5
+MAX_TOP = 1000
 _PINNED_SHARE = 0.6  # of the time limit; the rest goes to the space without pins
 
 
@@ -36,6 +31,9 @@ def plan(
     sequence_length: int | None = None,
     dtype: Dtype | None = None,
     precision: Precision | None = None,
+    gradient_dtype: Dtype | None = None,
+    master_weight_dtype: Dtype | Literal["none"] | None = None,
+    optimizer_dtype: Dtype | None = None,
     tp: Degrees = None,
     pp: Degrees = None,
     dp: Degrees = None,
@@ -50,6 +48,7 @@ def plan(
     family: str = "auto",
     excluded: Sequence[tuple[str, int | str]] = (),
     overlap: bool | None = None,
+    top: int = 0,
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     seed: int = 0,
     command: str = "",
@@ -61,19 +60,13 @@ def plan(
     catalogue name, NODESxPER_NODExDEVICE, a cluster file, or the facts. Degrees that are given are pinned to a value
     or to several, `excluded` names (dimension, value) pairs that must not be used; then the best layout without either
     is priced beside the answer. `global_batch_size` counts sequences per optimizer step. `precision` says what is kept
-    in which dtype, where `dtype` alone means the usual mixed precision. `overlap`: whether data-parallel traffic runs
-    beside the backward, by default with estimated profiles, as Megatron-LM and FSDP do it, and not with measured ones,
-    as the bundled executor does not.
+    in which dtype, where `dtype` alone means the usual mixed precision; `gradient_dtype`, `master_weight_dtype` (or
+    "none") and `optimizer_dtype` replace parts of that. `overlap`: whether data-parallel traffic runs beside the
+    backward, by default with estimated profiles, as Megatron-LM and FSDP do it, and not with measured ones, as the
+    bundled executor does not. With `top`, the plan's alternatives are the next best layouts, `top` with its own.
 
     Raises CatalogError, FileError, LayoutError or ProfileError for bad input, and InfeasibleError when no layout fits.
     """
-    machines = cluster if isinstance(cluster, Cluster) else load_cluster(str(cluster))
-    known = model if isinstance(model, ModelSpec | ModelProfile) else load_model(str(model))
-    _check_numbers(global_batch_size, sequence_length, time_limit_s, dtype)
-    if precision is not None and dtype not in (None, precision.compute):
-        raise LayoutError(f"dtype {dtype} and precision.compute {precision.compute} disagree: give one of them")
-    if family != "auto":
-        get_family(family)
     pins = Pins(
         tp=tp,
         pp=pp,
@@ -89,47 +82,47 @@ def plan(
         family=family,
         excluded=tuple(excluded),
     )
-    free_pins = Pins(family=family)
-    job, dims = prepare(
-        known, machines, global_batch_size, sequence_length, precision or dtype, (pins, free_pins), overlaps=overlap
+    question = ask(
+        model,
+        cluster,
+        global_batch_size=global_batch_size,
+        sequence_length=sequence_length,
+        dtype=dtype,
+        precision=precision,
+        gradient_dtype=gradient_dtype,
+        master_weight_dtype=master_weight_dtype,
+        optimizer_dtype=optimizer_dtype,
+        pins=pins,
+        overlap=overlap,
     )
+    check_time_limit(time_limit_s)
+    if not 0 <= top <= MAX_TOP:
+        raise LayoutError(f"top {top}: give 0 to {MAX_TOP} layouts")
     share = _PINNED_SHARE if pins.any else 1.0
-    result = search(
-        job, enumerate_space(dims, pins), pins, time_limit_s=time_limit_s * share, seed=seed, on_progress=on_progress
-    )
-    best = result.ranked[0]
-    beside = [("", priced) for priced in runners_up(result)]
+    result = question.search(time_limit_s * share, seed=seed, num_best=max(1, top), on_progress=on_progress)
+    beside = [("", priced) for priced in (next_best(result, top - 1) if top else runners_up(result)[:NUM_ALTERNATIVES])]
     if pins.any and not result.interrupted:
-        free = search(
-            job,
-            enumerate_space(dims, free_pins),
-            free_pins,
-            time_limit_s=time_limit_s * (1 - share),
-            seed=seed,
-            known=result.ranked,
-            on_progress=on_progress,
+        free = question.search_without_pins(
+            time_limit_s * (1 - share), seed=seed, known=result.ranked, on_progress=on_progress
         )
         result.interrupted |= free.interrupted
         result.limited_by_time |= free.limited_by_time
-        beside = _beside_pinned(best, free)
-    scope = "all layouts within the pins" if pins.any else "all layouts"
-    scope += ", the fixed families and solver-made orders" if family == "auto" else f" under {family}"
+        beside = [(WITHOUT_PINS, free.ranked[0]), *(beside if top else _others(result.ranked[0], free))]
     return assemble(
-        job,
+        question.pricer,
         result,
         beside=beside,
-        scope=scope,
-        schedule_bound_us=Pricer(job).schedule_bound_us(best.cut),
+        scope=question.scope,
         time_limit_s=time_limit_s,
         seed=seed,
         command=command,
     )
 
 
-def _beside_pinned(pinned: PricedLayout, free: SearchResult) -> list[tuple[str, PricedLayout]]:
-    """The layouts of a search without pins, the best of them named, also where it is the pinned one."""
+def _others(pinned: PricedLayout, free: SearchResult) -> list[tuple[str, PricedLayout]]:
+    """Further layouts of a search without pins."""
     others = [priced for priced in runners_up(free) if priced.candidate.degrees != pinned.candidate.degrees]
-    return [("without pins", free.ranked[0]), *(("", priced) for priced in others)]
+    return [("", priced) for priced in others[: NUM_ALTERNATIVES - 1]]
 
 
 def profile(
@@ -180,19 +173,6 @@ def profile(
     )
 
 
-def load_model(text: str) -> ModelSpec | ModelProfile:
-    """A catalogue name, a Hugging Face config.json, or a file that `pipewright profile` wrote."""
-    if is_file(text):
-        content = read_text(text)
-        try:
-            schema = json.loads(content).get("schema")
-        except (ValueError, AttributeError, RecursionError):
-            schema = None
-        if schema is not None:
-            return parse_facts(ModelProfile, content, where=text)
-    return load_model_spec(text)
-
-
 def validate(path: str | Path) -> Plan:
     """Load a plan file and check that its parts agree and that its schedule can run.
 
@@ -209,16 +189,3 @@ def validate(path: str | Path) -> Plan:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a plan file."""
     return Plan.model_json_schema()
-
-
-def _check_numbers(
-    global_batch_size: int, sequence_length: int | None, time_limit_s: float, dtype: Dtype | None
-) -> None:
-    if not 1 <= global_batch_size <= MAX_BATCH:
-        raise LayoutError(f"global batch size {global_batch_size}: give 1 to {MAX_BATCH} sequences")
-    if sequence_length is not None and not 1 <= sequence_length <= MAX_SEQUENCE:
-        raise LayoutError(f"sequence length {sequence_length}: give 1 to {MAX_SEQUENCE} tokens")
-    if not (math.isfinite(time_limit_s) and time_limit_s > 0):
-        raise LayoutError(f"time limit {time_limit_s}: give a finite number of seconds above 0")
-    if dtype is not None and dtype not in BYTES_PER_ELEMENT:
-        raise LayoutError(f"dtype {dtype!r} is not known; choose one of {', '.join(BYTES_PER_ELEMENT)}")

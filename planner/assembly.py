@@ -5,29 +5,30 @@ from importlib.metadata import version
 
 from planner.memory import RESERVE_FRACTION
 from planner.plans import Alternative, Certificate, Layout, Plan, Prediction, Provenance, RecomputePlan
-from planner.pricing import Job, PricedLayout
+from planner.pricing import Job, PricedLayout, Pricer
 from planner.search import SearchResult
+from planner.step_parts import recompute_flops, step_parts
 from profiles.facts import canonical_json
 
 NUM_ALTERNATIVES = 5
 
 
 def assemble(
-    job: Job,
+    pricer: Pricer,
     result: SearchResult,
     *,
     beside: list[tuple[str, PricedLayout]],
     scope: str,
-    schedule_bound_us: float,
     time_limit_s: float,
     seed: int,
     command: str,
+    placement_notes: tuple[str, ...] = (),
 ) -> Plan:
     """The plan of the best layout found, with the labelled layouts of `beside` for comparison.
 
-    `scope` says over what the certificate holds; `schedule_bound_us` bounds the pipeline time of the best cut.
+    `scope` says over what the certificate holds.
     """
-    best, timeline = result.ranked[0], result.ranked[0].timeline
+    job, best, timeline = pricer.job, result.ranked[0], result.ranked[0].timeline
     flops = job.profile.model.step_flops(job.global_batch_size, job.sequence_length)
     return Plan(
         model=job.profile.model,
@@ -48,10 +49,12 @@ def assemble(
             bubble_rate_makespan=timeline.bubble_rate_makespan,
             model_flops=flops,
             mfu=_mfu(job, flops, best.step_us),
+            hfu=_mfu(job, flops + _repeated_flops(job, best), best.step_us),
+            parts=step_parts(pricer, best),
             tokens_per_s=job.global_batch_size * job.sequence_length / (best.step_us / 1e6),
             memory=best.memory,
         ),
-        certificate=_certificate(best, result, scope, schedule_bound_us, time_limit_s, seed),
+        certificate=_certificate(best, result, scope, pricer.schedule_bound_us(best.cut), time_limit_s, seed),
         alternatives=tuple(
             Alternative(
                 label=label,
@@ -60,9 +63,11 @@ def assemble(
                 step_time_us=priced.step_us,
                 mfu=_mfu(job, flops, priced.step_us),
                 peak_memory_bytes=priced.peak_memory_bytes,
+                parts=step_parts(pricer, priced),
             )
-            for label, priced in beside[:NUM_ALTERNATIVES]
+            for label, priced in beside
         ),
+        placement_notes=placement_notes,
         provenance=Provenance(
             pipewright_version=version("pipewright"),
             command=command,
@@ -76,8 +81,21 @@ def assemble(
     )
 
 
+def next_best(result: SearchResult, count: int) -> list[PricedLayout]:
+    """The best priced layouts that differ from the answer and each other in degrees, chunks or micro-batch size.
+
+    ZeRO, sharding and recomputation are the best of each. Proven to be the next best as far as the search went on
+    beyond the answer (`num_best`).
+    """
+    best: dict[tuple[object, ...], PricedLayout] = {}
+    for priced in result.ranked:
+        c = priced.candidate
+        best.setdefault((*c.degrees, c.virtual_stages, c.micro_batch_size), priced)
+    return list(best.values())[1 : count + 1]
+
+
 def runners_up(result: SearchResult) -> list[PricedLayout]:
-    """The best layout of each (tp, pp, dp) whose best was looked for, but that of the answer; best first."""
+    """The best layout of each set of degrees whose best was looked for, but that of the answer; best first."""
     best: dict[tuple[int, ...], PricedLayout] = {}
     for priced in result.ranked[1:]:
         best.setdefault(priced.candidate.degrees, priced)
@@ -115,6 +133,11 @@ def _certificate(
 def _mfu(job: Job, flops: float, step_us: float) -> float:
     peak = sum(g.num_devices * g.device.peak_flops.get(job.dtype, 0.0) for g in job.cluster.groups)
     return flops / (step_us / 1e6) / peak if peak else 0.0
+
+
+def _repeated_flops(job: Job, priced: PricedLayout) -> float:
+    tokens = job.global_batch_size * job.sequence_length
+    return recompute_flops(job.profile.model, priced.cut.recompute_of_layer, tokens, job.sequence_length)
 
 
 def _layout(priced: PricedLayout) -> Layout:

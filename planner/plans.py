@@ -3,6 +3,7 @@
 Everything a training job needs is inside: no catalogue, profile or cluster file has to be there when it runs.
 """
 
+import math
 from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -150,6 +151,30 @@ class RankMemory(Facts):
         )
 
 
+class TimeParts(Facts):
+    """Where the step time goes, in µs. All parts add up to it; the parts up to the bubble are of the busiest rank."""
+
+    compute_us: Microseconds  # F, B and W as they would run without recomputation and with infinitely fast links
+    recompute_us: Microseconds  # forwards that are repeated in the backward
+    tensor_parallel_us: Microseconds  # collectives inside the layers; 0 where a measured profile does not tell
+    context_parallel_us: Microseconds  # what attention does not hide of passing K and V on
+    expert_parallel_us: Microseconds  # exchange of tokens between experts
+    weight_traffic_us: Microseconds  # gathering weights and scattering gradients under ZeRO 2 and 3, beyond the compute
+    bubble_us: Microseconds  # when the busiest rank waits, transfers between stages included
+    exposed_data_parallel_us: Microseconds
+    optimizer_us: Microseconds
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """Every part with its name in words, in order."""
+        return {name.removesuffix("_us").replace("_", " "): value for name, value in self}
+
+    @property
+    def total_us(self) -> float:
+        """All parts together: the step time."""
+        return math.fsum(value for _, value in self)
+
+
 class Prediction(Facts):
     """What one optimizer step is predicted to take. step = pipeline + exposed data-parallel + optimizer."""
 
@@ -161,7 +186,9 @@ class Prediction(Facts):
     bubble_rate_makespan: NonNegative
     model_flops: NonNegative  # of one step over all devices
     mfu: NonNegative  # against the dense peak of the dtype
+    hfu: NonNegative = 0.0  # the same with recomputation counted
     tokens_per_s: NonNegative
+    parts: TimeParts | None = None  # None in a plan that nobody priced
     memory: tuple[RankMemory, ...]  # shape (pp,)
 
 
@@ -189,6 +216,10 @@ class Certificate(Facts):
     time_limit_s: NonNegative
 
 
+WITHOUT_PINS = "without pins"
+"""Label of the best layout without pins, beside a plan that was made with some."""
+
+
 class Alternative(Facts):
     """Another layout that was priced in full, for comparison."""
 
@@ -198,6 +229,7 @@ class Alternative(Facts):
     step_time_us: Microseconds
     mfu: NonNegative
     peak_memory_bytes: Bytes
+    parts: TimeParts | None = None
 
 
 class Provenance(Facts):
@@ -229,6 +261,7 @@ class Plan(Facts):
     prediction: Prediction
     certificate: Certificate
     alternatives: tuple[Alternative, ...] = ()
+    placement_notes: tuple[str, ...] = ()  # how the groups lie on the machines, and why
     provenance: Provenance
 
     @model_validator(mode="after")
