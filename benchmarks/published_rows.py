@@ -87,10 +87,9 @@ def run_of(row: Row, facts: Row, shapes: dict[str, Row]) -> Run:
     chunks = chunks_of(row, filled)
     micro, num_microbatches, batch = batch_of(row, dp, filled)
     cluster = cluster_of(row, facts, device, tp * pp * dp * cp, filled)
-    recompute, share = recompute_of(row, filled)
+    recompute, share = recompute_of(row, tp, filled)
     zero, shard = sharding_of(row, dp * cp, filled)
     sequence_parallel = sequence_parallel_of(row, tp, dtype, filled)
-    old = is_old_megatron(row, dtype)
     candidate = Candidate(
         tp=tp,
         pp=pp,
@@ -113,7 +112,7 @@ def run_of(row: Row, facts: Row, shapes: dict[str, Row]) -> Run:
         global_batch=batch,
         sequence_length=sequence,
         precision=precision_of(row, dtype, facts, filled),
-        attention="unfused" if old else "flash",
+        attention=attention_of(row, dtype, spec, device),
         software=software_of(row, facts, dtype, sequence_parallel, recompute),
         overlaps=overlaps_of(row, facts, zero, filled),
         family="interleaved-1f1b" if chunks > 1 else "1f1b",
@@ -279,14 +278,23 @@ def batch_of(row: Row, dp: int, filled: list[str]) -> tuple[int, int, int]:
     return int(micro), int(batch // (micro * dp)), int(batch)
 
 
-def recompute_of(row: Row, filled: list[str]) -> tuple[Recompute, float]:
-    """What is recomputed, and in which share of blocks ("selective (every second layer)": torchtitan's, whole blocks)."""
+def recompute_of(row: Row, tp: int, filled: list[str]) -> tuple[Recompute, float]:
+    """What is recomputed, and in which share of blocks.
+
+    Under FSDP "selective" means a share of whole blocks: stated ("every second layer"), or from printed HFU / MFU,
+    which is 4/3 where all are recomputed.
+    """
     text = text_of(row, "recompute")
     if not text:
-        filled.append("recompute=none")
-        return "none", 1.0
+        filled.append("recompute=full" if is_sharded(row) else "recompute=none")
+        return "full" if is_sharded(row) else "none", 1.0
     if "second layer" in text or "every other" in text:
         return "full", 0.5
+    hfu, mfu = stated(row, "hfu_percent"), stated(row, "mfu_percent")
+    if text.startswith("selective") and is_torch_fsdp(row) and tp == 1 and hfu and mfu:
+        share = min(1.0, max(0.0, 3 * (hfu / mfu - 1)))
+        filled.append(f"recompute=full in {share:.0%} of blocks (from HFU / MFU)")
+        return "full", share
     for choice in ("selective", "full", "none"):
         if text.startswith(choice):
             return choice, 1.0  # type: ignore[return-value]
@@ -331,6 +339,28 @@ def is_old_megatron(row: Row, dtype: Dtype) -> bool:
     return dtype == "float16" and "flash" not in text_of(row, "attention")
 
 
+def attention_of(row: Row, dtype: Dtype, spec: ModelSpec, device: DeviceSpec) -> AttentionKernel:
+    """What the framework called: scores in memory up to 2022; the kernels of PyTorch are FlashAttention-2, and MPT was
+    measured on A100 with the first FlashAttention; Megatron-LM, NeMo and MaxText call cuDNN's."""
+    if is_old_megatron(row, dtype):
+        return "unfused"
+    if is_torch_fsdp(row):
+        return "flash-1" if spec.name.startswith("mpt") and device.name.startswith("a100") else "flash-2"
+    return "flash"
+
+
+def is_sharded(row: Row) -> bool:
+    """FSDP of any framework."""
+    return "fsdp" in text_of(row, "optimizer_sharding")
+
+
+def is_torch_fsdp(row: Row) -> bool:
+    """PyTorch with FSDP; MaxText shards alike but is JAX."""
+    return "fsdp" in text_of(row, "optimizer_sharding") + text_of(row, "framework") and "maxtext" not in text_of(
+        row, "framework"
+    )
+
+
 def software_of(row: Row, facts: Row, dtype: Dtype, sequence_parallel: bool, recompute: Recompute) -> Software:
     """What the framework overlaps.
 
@@ -341,6 +371,9 @@ def software_of(row: Row, facts: Row, dtype: Dtype, sequence_parallel: bool, rec
     overlap = "none" if old and recompute != "selective" else "gradients"
     return Software(
         tensor_overlap=overlap,  # type: ignore[arg-type]
+        recompute_stops_early=is_torch_fsdp(row),
+        fused=row.get("torch_compile") is not False,
+        blocking_launches="cuda_launch_blocking=1" in " ".join(map(str, facts.get("facts", []))).lower(),
     )
 
 
@@ -365,6 +398,9 @@ def precision_of(row: Row, dtype: Dtype, facts: Row, filled: list[str]) -> Preci
         return Precision(compute=dtype, gradients="bfloat16")
     return Precision(compute=dtype)
 
+
+OMNI_PATH_EFFICIENCY = 0.4  # all-reduce over Omni-Path at Jean Zay: 23 to 55 Gb/s of 400 by algorithm bandwidth
+ISLAND_LINK = 31e9
 
 NETWORK = (
     (r"(\d+) x (?:[a-z-]+ )?(\d+) gb/s", lambda m, per_node: float(m[1]) * float(m[2]) / per_node),
@@ -400,6 +436,19 @@ def cluster_of(row: Row, facts: Row, device: DeviceSpec, num_devices: int, fille
         )
     elif nodes > 1:
         filled.append(f"network {scale_out.bandwidth_bytes_per_s * 8 / 1e9:.0f} Gb/s per device")
+    if "omni-path" in text:
+        scale_out = scale_out.model_copy(update={"efficiency": OMNI_PATH_EFFICIENCY})
+    if "omni-path" in text and family == "a100" and per_node == 8:
+        host = Link(bandwidth_bytes_per_s=ISLAND_LINK, latency_us=10, efficiency=0.8)
+        group = NodeGroup(device=device, num_nodes=2 * nodes, devices_per_node=4, intra_node=device.scale_up)
+        return Cluster(
+            name="as published",
+            groups=(group,),
+            inter_node=host,
+            nodes_per_pod=2,
+            inter_pod=scale_out,
+            source=str(facts.get("source") or "row"),
+        )
     group = NodeGroup(device=device, num_nodes=nodes, devices_per_node=per_node, intra_node=device.scale_up)
     return Cluster(name="as published", groups=(group,), inter_node=scale_out, source=str(facts.get("source") or "row"))
 

@@ -19,6 +19,9 @@ from planner.plans import Precision
 from profiles.collectives import Fabric, Span
 from profiles.model import BYTES_PER_ELEMENT, LayerProfile
 
+INTERFERENCE = 0.15
+"""Share of a collective's time that computing beside it loses: its kernels take multiprocessors and memory bandwidth."""
+
 BYTES_OF: dict[str, int] = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 """Bytes of a stored gradient, master weight or moment."""
 
@@ -81,7 +84,8 @@ class StepTraffic:
 
     def exposed_us(self, dense: float, experts: float, forward_us: float, backward_us: float) -> float:
         """What shows after a rank's last backward; at least fixed + busy − hidden."""
-        return self.fixed_us + max(0.0, self.busy_us(dense, experts) - self.hidden_us(forward_us, backward_us))
+        busy_us = self.busy_us(dense, experts)
+        return self.fixed_us + max(INTERFERENCE * busy_us, busy_us - self.hidden_us(forward_us, backward_us))
 
 
 def step_traffic(
@@ -166,16 +170,21 @@ def _gathering(
     whole += 2 * layer.parameter_bytes if candidate.zero_stage == 3 else 0  # this layer's weights and the next one's
     slower = _with_times(
         layer,
-        max(layer.forward_us, gather_us),
-        max(layer.backward_input_us, gather_us),
-        max(layer.fused_backward_us, gather_us + scatter_us),
+        _beside(layer.forward_us, gather_us),
+        _beside(layer.backward_input_us, gather_us),
+        _beside(layer.fused_backward_us, gather_us + scatter_us),
     )
     return slower.model_copy(
         update={
-            "backward_weight_us": max(layer.backward_weight_us, scatter_us),
+            "backward_weight_us": _beside(layer.backward_weight_us, scatter_us),
             "temporary_bytes": layer.temporary_bytes + whole,
         }
     )
+
+
+def _beside(computing_us: float, sending_us: float) -> float:
+    """Both at the same time."""
+    return max(computing_us + INTERFERENCE * sending_us, sending_us)
 
 
 def optimizer_us(layer_sum_us: float, candidate: Candidate) -> float:

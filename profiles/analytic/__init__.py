@@ -31,12 +31,17 @@ class Software:
     `tensor_overlap`: which tensor-parallel collectives run beside matrix products: "none" (Megatron-LM up to 2021),
     "gradients" (those of B that W does not wait for: Megatron-LM from 2022), or "all" (pipelined with the
     products before and behind them, as Transformer Engine's user buffers).
+    `recompute_stops_early`: PyTorch's own checkpointing repeats a block only up to the last tensor that its backward
+    needs, which leaves out the block's last product; Megatron-LM's repeats all.
     `host_us` is what the host takes to dispatch one operation of this model: a layer of many small kernels cannot
-    run faster. With `blocking_launches` (CUDA_LAUNCH_BLOCKING=1) the device idles meanwhile.
+    run faster. Not `fused`: norms, rotary positions and gated activations run one elementary kernel after the other,
+    as PyTorch does without a compiler. With `blocking_launches` (CUDA_LAUNCH_BLOCKING=1) the device idles meanwhile.
     """
 
     tensor_overlap: TensorOverlap = "gradients"
-    host_us: float = 20.0
+    recompute_stops_early: bool = False
+    host_us: float = 50.0
+    fused: bool = True
     blocking_launches: bool = False
 
 
@@ -67,7 +72,7 @@ def profile_model(
     if attention not in get_args(AttentionKernel):
         raise ValueError(f"attention {attention!r} is not one of {', '.join(get_args(AttentionKernel))}")
     shards = [
-        Shard(spec, variant, Machine(device, variant.dtype, fabric, fabric.span(variant.tp)), attention)
+        Shard(spec, variant, Machine(device, variant.dtype, fabric, fabric.span(variant.tp)), attention, software.fused)
         for variant in dict.fromkeys(variants)
     ]
     if not shards:
@@ -114,8 +119,9 @@ def _layer_profile(kind: LayerKind, shard: Shard, layer: Layer, software: Softwa
     transient = shard.shard_bytes + max(operation.transient_bytes for operation in layer)
     recompute = shard.variant.recompute if kind == "block" else "none"
     if recompute == "full":
-        backward_us += forward_us
-        fused_us += forward_us
+        again_us = forward_us - (_after_last_need_us(layer) if software.recompute_stops_early else 0.0)
+        backward_us += again_us
+        fused_us += again_us
         transient += saved - shard.shard_bytes  # all that F saves, except the input that never left
         saved = shard.shard_bytes
     elif recompute == "selective":
@@ -174,6 +180,12 @@ def _times(shard: Shard, layer: Layer, software: Software) -> tuple[float, float
     if software.blocking_launches:
         return _pairwise_sum(device, host)
     return max(device[0], host[0]), max(device[1], host[1]), max(device[2], host[2]), max(device[3], host[3])
+
+
+def _after_last_need_us(layer: Layer) -> float:
+    """F from the last product on, whose result no backward needs."""
+    last = max(index for index, operation in enumerate(layer) if operation.weight_flops)
+    return sum(operation.forward_us for operation in layer[last:])
 
 
 def _pairwise_sum(

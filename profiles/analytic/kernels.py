@@ -46,6 +46,26 @@ FlashAttention-3 on H100 (arXiv 2407.08608, figure 5, no mask, 16k tokens) reach
 128 and 756 with heads of 256: a ratio of 1.17, which 48 reproduces within 1 %.
 """
 
+FLASH_1_SHARE = 0.32
+"""Share of the peak that the first FlashAttention reached, whatever the head size.
+
+Fitted on the A100 runs of llm-foundry with 16k to 64k tokens; arXiv 2307.08691, section 1, says 25 to 40 %.
+"""
+
+FLASH_BACKWARD_SHARE = 0.8
+"""What the backward of flash attention reaches of the rate of its forward.
+
+Arithmetic mean of FlashAttention-2 on A100 (arXiv 2307.08691, figures 5 and 6) and FlashAttention-3 on H100.
+"""
+
+FLASH_2_SHARE = 0.62
+"""What FlashAttention-2 reaches on Hopper and Blackwell of what kernels written for them do.
+
+It uses the older matrix instructions; about 350 to 400 TFLOP/s on H100 (arXiv 2407.08608, section 1: 35 % of peak).
+"""
+
+AFTER_AMPERE = ("h100", "h200", "h800", "gh200", "b200", "b300", "gb200")
+
 CAUSAL_BLOCK = 128
 """Rows and columns of the score blocks of flash attention; those on the diagonal are computed whole."""
 
@@ -127,9 +147,16 @@ class Machine:
                 best = min(best, rounds * self.slots * tall * wide / share)
         return best
 
-    def flash_attention_us(self, flops: float, head_dim: float, num_bytes: float) -> float:
+    def flash_attention_us(
+        self, flops: float, head_dim: float, num_bytes: float, *, version: int = 3, back: bool = False
+    ) -> float:
         """Flash attention of this many FLOPs over heads of this size, moving `num_bytes`, in µs."""
-        compute_us = flops / self.flops_per_us(self.wide_dtype) * (1 + SOFTMAX_HEAD_DIM / head_dim)
+        rate = self.flops_per_us(self.wide_dtype) / (1 + SOFTMAX_HEAD_DIM / head_dim)
+        if version == 1:
+            rate = self.device.peak_flops[self.wide_dtype] * FLASH_1_SHARE / 1e6
+        elif version == 2 and self.device.name.startswith(AFTER_AMPERE):
+            rate *= FLASH_2_SHARE
+        compute_us = flops / (rate * (FLASH_BACKWARD_SHARE if back else 1.0))
         return self.device.kernel_launch_us + max(compute_us, num_bytes / self.bytes_per_us)
 
     def memory_us(self, num_bytes: float) -> float:

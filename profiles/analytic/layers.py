@@ -10,6 +10,7 @@ from profiles.analytic.operations import Operation, Shard
 from profiles.model import LatentAttention, MixtureOfExperts
 
 INDEX_BYTES = 8  # a token id or a label
+EAGER_ROTARY_PASSES = 4  # in fp32, as complex numbers
 LOGIT_BYTES = 4  # the loss is computed in fp32
 
 Layer = tuple[Operation, ...]
@@ -115,7 +116,7 @@ def _attention_half(shard: Shard) -> Layer:
         return _latent_attention_half(shard, shard.spec.latent_attention)
     spec, tp = shard.spec, shard.variant.tp
     query, key = shard.heads * spec.head_dim, shard.kv_heads * spec.head_dim
-    rotated = 2 * shard.num_tokens * (query + key) * shard.element_bytes
+    rotated = 2 * shard.num_tokens * (query + key) * shard.element_bytes * (1 if shard.fused else EAGER_ROTARY_PASSES)
     return (
         shard.norm("attention norm"),
         shard.gather(),

@@ -23,11 +23,15 @@ from profiles.analytic.kernels import CAUSAL_BLOCK, Machine
 from profiles.errors import ProfileError
 from profiles.model import ModelSpec, Variant
 
-AttentionKernel = Literal["flash", "unfused"]
+AttentionKernel = Literal["flash", "flash-2", "flash-1", "unfused"]
+"""Causal attention: kernels written for the device (FlashAttention-3, cuDNN), the second or the first FlashAttention,
+or scores in memory."""
+
 
 VOCABULARY_MULTIPLE = 128  # Megatron-LM pads the vocabulary to a multiple of this times tp
 FLASH_BACKWARD_FACTOR = 2.5  # five products against two: the scores are computed again
 ROW_STATISTIC_BYTES = 4  # the log-sum-exp of one row of scores, in fp32
+EAGER_NORM_PASSES = 8  # of an RMSNorm in fp32, one elementary kernel after the other, against a fused one
 CAST_BYTES = 4  # of one element cast to 8 bits: read in 16, written twice, once of it transposed
 
 
@@ -66,6 +70,7 @@ class Shard:
     variant: Variant
     machine: Machine
     attention_kernel: AttentionKernel = "flash"
+    fused: bool = True
 
     def __post_init__(self) -> None:
         spec, tp = self.spec, self.variant.tp
@@ -223,7 +228,10 @@ class Shard:
         width = self.spec.hidden_size if width is None else width
         size = self.num_tokens * width * self.element_bytes / self.num_parts
         num_parameters = width * (2 if self.spec.norm == "layernorm" else 1)
-        return self.elementwise(name, forward=2 * size, backward=3 * size, saved=size, num_parameters=num_parameters)
+        passes = 1 if self.fused or self.spec.norm == "layernorm" or not self.spec.gated_mlp else EAGER_NORM_PASSES
+        return self.elementwise(
+            name, forward=2 * passes * size, backward=3 * passes * size, saved=size, num_parameters=num_parameters
+        )
 
     def residual(self, name: str) -> Operation:
         """The sum with the residual after dropout; in B two gradients are summed. Keeps the mask."""
@@ -276,7 +284,8 @@ class Shard:
         """GeLU of `width` values per row, or silu(gate) · up of two times as many. Keeps what it read."""
         size = rows * width * self.element_bytes
         read = 2 * size if self.spec.gated_mlp else size
-        return self.elementwise(name, forward=read + size, backward=2 * read + size, saved=read, transient=read + size)
+        again = 0 if self.fused or not self.spec.gated_mlp else 2 * size  # silu's result, written and read
+        return self.elementwise(name, forward=read + size + again, backward=2 * read + size + 2 * again, saved=read, transient=read + size)
 
     def attention(self, qk_dim: int, value_dim: int, kv_heads: int) -> Operation:
         """softmax(Q Kᵀ) V, causal, for the heads of this device; without weights, so all of it is F and B.
@@ -294,11 +303,12 @@ class Shard:
         flops = 2.0 * tokens * self.heads * (qk_dim + value_dim) * scores_per_row
         backward_flops = FLASH_BACKWARD_FACTOR * flops
         head_dim, moved = (qk_dim + value_dim) / 2, inputs + output
+        version = {"flash-1": 1, "flash-2": 2}.get(self.attention_kernel, 3)
         statistics = tokens * self.heads * ROW_STATISTIC_BYTES
         return Operation(
             "attention",
-            forward_us=self.machine.flash_attention_us(flops, head_dim, moved),
-            backward_us=self.machine.flash_attention_us(backward_flops, head_dim, 2 * moved + output),
+            forward_us=self.machine.flash_attention_us(flops, head_dim, moved, version=version),
+            backward_us=self.machine.flash_attention_us(backward_flops, head_dim, 2 * moved + output, version=version, back=True),
             forward_flops=flops,
             backward_flops=backward_flops,
             saved_bytes=inputs + statistics,
