@@ -4,20 +4,21 @@ A `Pricer` knows the job and its machines; it holds no search state, so equal qu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from planner.cost import LayerFloor, StepFloor, after_us, least_work_us, slowest_group, smallest_device, stage_costs
+from planner.cost import after_us, least_work_us, slowest_group, smallest_device, stage_costs
 from planner.errors import LayoutError
+from planner.floor import LayerFloor, StepFloor, total
 from planner.layout import Candidate
 from planner.memory import buffer_bytes, capacity_bytes, model_state_bytes, num_neighbours, rank_memory
 from planner.plans import Precision, RankMemory, StageCosts
 from planner.problems import pipeline_problem
 from planner.schedule.actions import Schedule, keep_together
 from planner.schedule.families import Family
-from planner.schedule.residency import peak_in_flight, peak_per_rank
+from planner.schedule.residency import held_at_fullest, peak_in_flight, peak_per_rank
 from planner.schedule.simulation import Timeline, simulate
 from planner.traffic import Spans, StepTraffic, optimizer_us, sharded_layers, step_traffic
 from profiles.cluster import Cluster
@@ -172,7 +173,7 @@ class Pricer:
         self._ranks: dict[int, tuple[int, ...]] = {}
         self.known_variants = frozenset(job.profile.variants)
         self._options: dict[Candidate, LayerOptions] = {}
-        self._floors: dict[int, tuple[tuple[LayerFloor, ...], LayerFloor]] = {}
+        self._floors: dict[tuple[int, ...], tuple[tuple[LayerFloor, ...], LayerFloor]] = {}
         self._traffic: dict[tuple[object, ...], StepTraffic] = {}
         self._spans: dict[tuple[object, ...], Spans] = {}
 
@@ -275,7 +276,7 @@ class Pricer:
         options = self.options(candidate, fastest if len(self.job.profiles) > 1 else None)
         room = sum(self.capacities(candidate)) - self.states_bytes(candidate, options.base)
         hop_us = self.transfer_us(candidate, min((layer.output_bytes for layer in options.base[:-1]), default=0))
-        layers, totals = self._layer_floors(options)
+        layers, totals = self._layer_floors(candidate, options)
         return StepFloor(
             layers=layers,
             totals=totals,
@@ -283,20 +284,27 @@ class Pricer:
             traffic=self.traffic(candidate),
             speeds=speeds,
             hop_us=hop_us if candidate.pp > 1 else 0.0,
+            capacity_bytes=max(self.capacities(candidate)),
             room_bytes=max(1, room),
         )
 
-    def _layer_floors(self, options: LayerOptions) -> tuple[tuple[LayerFloor, ...], LayerFloor]:
-        if id(options) not in self._floors:  # options are kept as long as this pricer
-            layers = _layer_floors(options, self.job.dtype)
-            self._floors[id(options)] = layers, _total(layers)
-        return self._floors[id(options)]
+    def _layer_floors(self, candidate: Candidate, options: LayerOptions) -> tuple[tuple[LayerFloor, ...], LayerFloor]:
+        key = id(options), candidate.zero_stage, candidate.shard_degree, candidate.dp * candidate.cp
+        if key not in self._floors:  # options are kept as long as this pricer
+            states: dict[int, int] = {}
+            for layer in options.base:
+                if id(layer) not in states:
+                    states[id(layer)] = self.states_bytes(candidate, [layer])
+            layers = _layer_floors(options, self.job.dtype, states)
+            self._floors[key] = layers, total(layers)
+        return self._floors[key]
 
     def states_bytes(self, candidate: Candidate, layers: Sequence[LayerProfile]) -> int:
         """Weights, gradients and optimizer state of these layers on one device."""
         parameters = sum(layer.parameter_bytes for layer in layers)
         experts = sum(layer.expert_parameter_bytes for layer in layers)
-        return sum(model_state_bytes(parameters, experts, candidate, self.job.precision))
+        weights, gradients, optimizer = model_state_bytes(parameters, experts, candidate, self.job.precision)
+        return weights + gradients + optimizer
 
     def least_bytes(self, candidate: Candidate) -> int:
         """What all ranks of a replica together hold at least: model states and one microbatch."""
@@ -320,7 +328,7 @@ class Pricer:
         """Cut the layers into stages and choose what they recompute by integer program, least bottleneck first.
 
         `held[s]` is how many microbatches stage s holds between F and B, and between B and W, at its fullest. With
-        `shares_ranks` the chunks of a rank share its memory as they like; else each chunk gets an equal part. A
+        `shares_ranks` the chunks of a rank share its memory as they like; else each gets a part by what it holds. A
         layer's time is what it adds to its rank's step: all microbatches, traffic and optimizer.
         """
         options, chunks = self.options(candidate), candidate.virtual_stages
@@ -332,7 +340,8 @@ class Pricer:
         separate = chunks > 1 and not shares_ranks
         if separate:
             largest = max(layer.temporary_bytes for layers in options.layers for layer in layers)
-            room = [(room[rank] - largest) // chunks for rank in placement]
+            shares = self._shares(candidate, options.base, placement, held)
+            room = [int((room[rank] - largest) * share) for rank, share in zip(placement, shares, strict=True)]
         columns = [
             _columns(self, candidate, index, splits_backward, placement if separate else None)
             for index in range(len(options.choices))
@@ -352,6 +361,23 @@ class Pricer:
             choices=tuple(columns[1:]),
         )
         return solve_partition(problem, time_limit_s=time_limit_s, seed=seed)
+
+    def _shares(
+        self,
+        candidate: Candidate,
+        layers: Sequence[LayerProfile],
+        placement: Sequence[int],
+        held: Sequence[tuple[int, int]],
+    ) -> list[float]:
+        """What part of its rank's memory each stage gets, by what average layers would take there, shape (S,)."""
+        states = self.states_bytes(candidate, layers)
+        activations = sum(layer.activation_bytes for layer in layers)
+        weights = sum(layer.weight_activation_bytes for layer in layers)
+        needs = [states + forwards * activations + waiting * weights for forwards, waiting in held]
+        totals = [0.0] * candidate.pp
+        for rank, need in zip(placement, needs, strict=True):
+            totals[rank] += need
+        return [need / totals[rank] for rank, need in zip(placement, needs, strict=True)]
 
     def step_times_us(
         self, candidate: Candidate, layers: Sequence[LayerProfile], splits_backward: bool
@@ -396,15 +422,80 @@ class Pricer:
         """
         shape = (family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
         placement = family.placement(candidate.pp, candidate.virtual_stages)
+        if candidate.virtual_stages > 1:
+            priced = self._price_even_chunks(candidate, family, placement)
+            if priced is not None and priced.fits:
+                return priced
         if candidate.virtual_stages == 1:
             held = _held_per_stage(*shape, weight_ratio=_weight_ratio(self.options(candidate).base))
         else:
-            most = held_per_rank(*shape)
-            held = tuple((-(-most[rank][0] // candidate.virtual_stages), 0) for rank in placement)
+            held = _held_at_fullest(*shape)
         solution = self.partition(candidate, placement, held, splits_backward=family.splits_backward)
         if solution.cuts is None:
             return None
         return self.price_order(self.cut(candidate, solution.cuts, placement, solution.choices), family)
+
+    def even_cuts(self, candidate: Candidate, placement: tuple[int, ...], *, splits_backward: bool) -> tuple[int, ...]:
+        """The cuts that are best by time alone, every stage for itself."""
+        layers = self.options(candidate).base
+        problem = StagePartition(
+            times_us=self.step_times_us(candidate, layers, splits_backward),
+            times_by_rank=_columns(self, candidate, 0, splits_backward, placement).times_by_rank,
+            num_stages=candidate.num_stages,
+        )
+        cuts = solve_partition(problem).cuts
+        assert cuts is not None  # a candidate has at least as many layers as stages
+        return cuts
+
+    def _price_even_chunks(
+        self, candidate: Candidate, family: Family, placement: tuple[int, ...]
+    ) -> PricedLayout | None:
+        """Cut by time alone; then every rank recomputes just as much as it must. None where that is not enough."""
+        cuts = self.even_cuts(candidate, placement, splits_backward=family.splits_backward)
+        held = _held_at_fullest(family, candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
+        choices = self._just_enough_recompute(candidate, cuts, placement, held, family.splits_backward)
+        return None if choices is None else self.price_order(self.cut(candidate, cuts, placement, choices), family)
+
+    def _just_enough_recompute(
+        self,
+        candidate: Candidate,
+        cuts: Sequence[int],
+        placement: Sequence[int],
+        held: Sequence[tuple[int, int]],
+        splits_backward: bool,
+    ) -> list[int] | None:
+        """What every layer recomputes, on each rank the layers that save most memory for their time first."""
+        options, bounds = self.options(candidate), (0, *cuts, len(self.options(candidate).base))
+        boundary = max((layer.output_bytes for layer in options.base[:-1]), default=0)
+        choices = [0] * len(options.base)
+        for rank, capacity in enumerate(self.capacities(candidate)):
+            hosted = [stage for stage, host in enumerate(placement) if host == rank]
+            mine = [(index, stage) for stage in hosted for index in range(bounds[stage], bounds[stage + 1])]
+            used = self.states_bytes(candidate, [options.base[index] for index, _ in mine])
+            used += buffer_bytes(boundary, num_neighbours(placement, rank))
+            used += max(layers[index].temporary_bytes for layers in options.layers for index, _ in mine)
+            moves = []
+            for index, stage in mine:
+                taken = [held[stage][0] * layers[index].activation_bytes for layers in options.layers]
+                waits = options.base[index].weight_activation_bytes * held[stage][1]
+                used += taken[0] + waits
+                for choice in range(1, len(taken)):
+                    saved = taken[0] + waits - taken[choice]
+                    more_us = _work_us(options.layers[choice][index], splits_backward) - _work_us(
+                        options.base[index], splits_backward
+                    )
+                    if saved > 0:
+                        moves.append((more_us / saved, index, choice, saved))
+            saved_of: dict[int, int] = {}
+            for _, index, choice, saved in sorted(moves):
+                if used <= capacity:
+                    break
+                if saved > saved_of.get(index, 0):
+                    used -= saved - saved_of.get(index, 0)
+                    saved_of[index], choices[index] = saved, choice
+            if used > capacity:
+                return None
+        return choices
 
     def price_fixed(self, candidate: Candidate, layers_per_stage: Sequence[int], family: Family) -> PricedLayout:
         """A complete layout as somebody ran it: these layers per stage, embedding and head counted, this family.
@@ -529,8 +620,8 @@ def _columns(
     )
 
 
-def _layer_floors(options: LayerOptions, dtype: Dtype) -> tuple[LayerFloor, ...]:
-    """What each layer costs at least; layers that repeat are worked out once."""
+def _layer_floors(options: LayerOptions, dtype: Dtype, states: Mapping[int, int]) -> tuple[LayerFloor, ...]:
+    """What each layer costs at least; layers that repeat are worked out once. `states`: bytes by id of a base layer."""
     size, made, floors = BYTES_PER_ELEMENT[dtype], {}, []
     below = 0.0  # F and B of the layers behind, which a microbatch passes while this one holds it
     for same in reversed(list(zip(*options.layers, strict=True))):
@@ -548,7 +639,8 @@ def _layer_floors(options: LayerOptions, dtype: Dtype) -> tuple[LayerFloor, ...]
                     dense_parameters=base.parameter_bytes / size - experts,
                     expert_parameters=experts,
                     optimizer_us=base.optimizer_us,
-                    output_bytes=base.output_bytes,
+                    state_bytes=states[id(base)],
+                    kept_bytes=_kept_bytes(same),
                     hull=(),
                 ),
                 _hull([(least_work_us(layer), float(layer.activation_bytes)) for layer in same]),
@@ -558,19 +650,16 @@ def _layer_floors(options: LayerOptions, dtype: Dtype) -> tuple[LayerFloor, ...]
     return tuple(reversed(floors))
 
 
-def _total(layers: Sequence[LayerFloor]) -> LayerFloor:
-    """Sums over all layers."""
-    return LayerFloor(
-        forward_us=sum(layer.forward_us for layer in layers),
-        backward_us=sum(layer.backward_us for layer in layers),
-        fused_us=sum(layer.fused_us for layer in layers),
-        work_us=sum(layer.work_us for layer in layers),
-        dense_parameters=sum(layer.dense_parameters for layer in layers),
-        expert_parameters=sum(layer.expert_parameters for layer in layers),
-        optimizer_us=sum(layer.optimizer_us for layer in layers),
-        output_bytes=0,
-        hull=(),
-    )
+def _kept_bytes(same: Sequence[LayerProfile]) -> float:
+    """The least a layer keeps under choices that save a larger share of its memory than of its F they repeat."""
+    base = same[0]
+    least = float(base.activation_bytes)
+    for layer in same[1:]:
+        saved = 1 - layer.activation_bytes / base.activation_bytes if base.activation_bytes else 0.0
+        more_us = least_work_us(layer) - least_work_us(base)
+        if more_us < saved * base.forward_us * (1 - 1e-9):
+            least = min(least, layer.activation_bytes)
+    return least
 
 
 def _hull(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
@@ -599,6 +688,13 @@ def held_per_rank(
 ) -> tuple[tuple[int, int], ...]:
     """`peak_per_rank` of the family's schedule, shape (p, 2)."""
     return peak_per_rank(family_schedule(family, num_ranks, num_microbatches, virtual_stages))
+
+
+@lru_cache(maxsize=1024)
+def _held_at_fullest(
+    family: Family, num_ranks: int, num_microbatches: int, virtual_stages: int
+) -> tuple[tuple[int, int], ...]:
+    return held_at_fullest(family_schedule(family, num_ranks, num_microbatches, virtual_stages))
 
 
 @lru_cache(maxsize=4096)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
 
-from planner.cost import StepFloor
 from planner.errors import InfeasibleError
+from planner.floor import StepFloor
 from planner.layout import Candidate, Pins, Space
 from planner.pricing import Cut, Job, PricedLayout, Pricer, held_per_rank
 from planner.schedule.families import FAMILIES, Family

@@ -46,3 +46,31 @@ def peak_per_rank(schedule: Schedule) -> tuple[tuple[int, int], ...]:
                 held[stage] -= 1
         peaks.append((total, common))
     return tuple(peaks)
+
+
+def held_at_fullest(schedule: Schedule) -> tuple[tuple[int, int], ...]:
+    """What each stage holds when its rank holds most: (microbatches between F and B or BW, those between B and W).
+
+    Fullest by the first count, summed over the rank's stages; of equal moments the one with more of the second.
+    Shape (S, 2).
+    """
+    at_fullest = [(0, 0)] * schedule.num_stages
+    for actions in schedule.ranks:
+        held = {action.stage: [0, 0] for action in actions}
+        now, most = [0, 0], (0, 0)
+        for kind, stage, _ in actions:
+            counts = held[stage]
+            before = tuple(counts)
+            if kind is Kind.F:
+                counts[0] += 1
+            elif kind is Kind.W:
+                counts[1] -= 1
+            elif kind is not Kind.R:
+                counts[0] -= 1
+                counts[1] += kind is Kind.B
+            now = [now[0] + counts[0] - before[0], now[1] + counts[1] - before[1]]
+            if (now[0], now[1]) > most:
+                most = (now[0], now[1])
+                for index, (forwards, weights) in held.items():
+                    at_fullest[index] = forwards, weights
+    return tuple(at_fullest)

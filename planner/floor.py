@@ -1,0 +1,277 @@
+"""A floor under the step time of every cut, choice of recomputation and order of one candidate.
+
+The argument is about one rank r with the layers it hosts, whichever they are. Let m microbatches take work_r each, let
+head_r be the time before rank r can start, and M the step time.
+
+- *Load.* Rank r ends with exposed traffic e_r and an optimizer step o_r: head_r + m · work_r + e_r + o_r ≤ M. Both e_r
+  ≥ fixed + busy_r − hidden_r and e_r ≥ fixed + share · busy_r are sums over the rank's layers; the better one is taken.
+- *Way back.* Between a rank's first F and last B lie all its F and B, and the gradient then has to go back through all
+  layers before: head_r + m · (F + B)_r + tail_r ≤ M. Where the backward is in one piece, W is part of B.
+- *First gradient.* No B runs on rank r before one microbatch has passed all layers and come back to the rank: at
+  wait_r = all F + the B of the layers behind. Until then only F can run, no more than memory holds: m · work_r −
+  min(m · F_r, ρ · room_r) + wait_r ≤ M with ρ the most F time per byte kept. Recomputing a layer frees its memory for
+  other F, but adds as much work as F time that it lets in; a choice that costs less than it frees counts as not
+  recomputed, with its smaller memory (`LayerFloor.kept_bytes`).
+- *Chain* and *memory × time*: see `StepFloor._chain_us` and `StepFloor._memory_us`.
+
+`StepFloor.step_us` is the least M for which the layers can be dealt to the ranks within these limits. With one chunk
+per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never hurts the ranks behind.
+With several chunks, the k-th rank that is entered waits for at least k layers, the k-th that gets a gradient likewise,
+and ranks are only asked to hold all blocks between them, in whole ones; pairing both orders is the best case, as
+Σ min(a_k, b_k) is largest when both are sorted alike.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+from planner.layout import Candidate
+from planner.traffic import StepTraffic, optimizer_us
+
+
+class LayerFloor(NamedTuple):
+    """The least a layer can cost, over its choices of recomputation and over devices; or the sum over layers."""
+
+    forward_us: float
+    backward_us: float  # until the gradient leaves it: B, or the fused backward if that is less
+    fused_us: float  # fused backward
+    work_us: float  # F and backward, split or fused, whichever is less
+    dense_parameters: float
+    expert_parameters: float
+    optimizer_us: float
+    state_bytes: int  # weights, gradients and optimizer on one device
+    kept_bytes: float  # of one microbatch from F to B, where it is not recomputed
+    hull: tuple[tuple[float, float], ...]  # (work µs, bytes × µs held per microbatch), more work for less memory
+
+
+@dataclass(frozen=True)
+class StepFloor:
+    """The floor of one candidate; the module says why it holds."""
+
+    layers: tuple[LayerFloor, ...]
+    totals: LayerFloor
+    candidate: Candidate
+    traffic: StepTraffic
+    speeds: tuple[float, ...]  # of every rank's devices relative to the fastest, as `layers` are costed; shape (p,)
+    hop_us: float  # least transfer to the next rank
+    capacity_bytes: float = math.inf  # of the roomiest rank
+    room_bytes: float = math.inf  # what all ranks of one replica together have for activations
+
+    @cached_property
+    def quick_us(self) -> float:
+        """A weaker bound in no time: the load of the average rank."""
+        plain = self._m * self.totals.work_us / sum(self.speeds)
+        if not self._alike:
+            return plain + self.traffic.fixed_us
+        return plain + self._after_us(self.totals) / self.candidate.pp + self.traffic.fixed_us
+
+    def step_us(self, *, splits_backward: bool) -> float:
+        """The bound on the whole step; `splits_backward` if any order may run B and W apart."""
+        low = max(self.quick_us, self._memory_us() + self.traffic.fixed_us)
+        if self.candidate.pp == 1:
+            return low
+        low = max(low, self._chain_us(splits_backward) + self.traffic.fixed_us)
+        fits = self._deals_chunks if self.candidate.virtual_stages > 1 else self._deals_chain
+        high = low
+        while not fits(high - self.traffic.fixed_us, splits_backward):
+            low, high = high, high * 1.05
+        while high - low > 1e-4 * low:
+            middle = (low + high) / 2
+            if fits(middle - self.traffic.fixed_us, splits_backward):
+                high = middle
+            else:
+                low = middle
+        return low
+
+    # what layers add up to
+
+    @property
+    def _m(self) -> int:
+        return self.candidate.num_microbatches
+
+    @cached_property
+    def _alike(self) -> bool:
+        return min(self.speeds) == 1.0
+
+    def _after_us(self, layer: LayerFloor) -> float:
+        """What follows a rank's last backward, by layer: the linear bound that is better for all layers together."""
+        busy = self.traffic.busy_us(layer.dense_parameters, layer.expert_parameters)
+        update = optimizer_us(layer.optimizer_us, self.candidate)
+        if self._mostly_hidden:
+            return self.traffic.shown_share * busy + update
+        return busy - self.traffic.hidden_us(layer.forward_us, layer.fused_us) + update
+
+    @cached_property
+    def _mostly_hidden(self) -> bool:
+        busy = self.traffic.busy_us(self.totals.dense_parameters, self.totals.expert_parameters)
+        hidden = self.traffic.hidden_us(self.totals.forward_us, self.totals.fused_us)
+        return self.traffic.shown_share * busy >= busy - hidden
+
+    def _sums(self, of_layer: Callable[[LayerFloor], float]) -> list[float]:
+        return _running(map(of_layer, self.layers))
+
+    @cached_property
+    def _forward(self) -> list[float]:
+        return self._sums(lambda layer: layer.forward_us)
+
+    @cached_property
+    def _inward(self) -> list[float]:
+        return self._sums(lambda layer: layer.backward_us)
+
+    @cached_property
+    def _fused(self) -> list[float]:
+        return self._sums(lambda layer: layer.fused_us)
+
+    @cached_property
+    def _work(self) -> list[float]:
+        return self._sums(lambda layer: self._m * layer.work_us)
+
+    @cached_property
+    def _load(self) -> list[float] | None:
+        load = self._sums(lambda layer: self._m * layer.work_us + self._after_us(layer))
+        return load if self._alike and all(a <= b for a, b in pairwise(load)) else None
+
+    @cached_property
+    def _passing(self) -> list[float]:
+        return self._sums(lambda layer: self._m * (layer.forward_us + layer.backward_us))
+
+    @cached_property
+    def _states(self) -> list[float]:
+        return self._sums(lambda layer: layer.state_bytes)
+
+    @cached_property
+    def _forward_us_per_byte(self) -> float:
+        """ρ: the most F time that a byte of memory lets in before the first B; infinite where nothing is kept."""
+        rates = (layer.forward_us / layer.kept_bytes if layer.kept_bytes else math.inf for layer in self.layers[1:-1])
+        return max(rates, default=math.inf)
+
+    # bounds of all ranks together
+
+    def _chain_us(self, splits_backward: bool) -> float:
+        """One microbatch passes all stages forth and back, and the others pass the largest stage besides.
+
+        Between the first F and the last B of a stage lie all its F and B, before that the F of every stage before it,
+        after that their B. Of S stages, one has at least ⌈(L − 2) / S⌉ blocks.
+        """
+        c, totals, blocks = self.candidate, self.totals, self.layers[1:-1]
+        passed = [b.forward_us + (b.backward_us if splits_backward else b.fused_us) for b in blocks]
+        largest_us = -(-len(blocks) // c.num_stages) * min(passed, default=0.0)
+        through_us = totals.forward_us + (totals.backward_us if splits_backward else totals.fused_us)
+        return through_us + 2 * (c.pp - 1) * self.hop_us + (self._m - 1) * largest_us
+
+    def _memory_us(self) -> float:
+        """Bytes × lifetime of all microbatches fit in the room × makespan, at the cost of recomputing what does not.
+
+        A layer holds a microbatch from the start of its F to the end of its B; in between the microbatch passes every
+        later layer, forward and back. Each layer may choose any point of its hull: taking the steepest pieces first,
+        M ≥ max(m · work(x) / p, m · held(x) / room) is least where the two meet.
+        """
+        m, pp = self._m, sum(self.speeds)
+        work = sum(layer.hull[0][0] for layer in self.layers)
+        held = sum(layer.hull[0][1] for layer in self.layers)
+        if math.isinf(self.room_bytes) or held / self.room_bytes <= work / pp:
+            return m * work / pp
+        pieces = [
+            (more - work_us, held_bytes - less)
+            for layer in self.layers
+            for (work_us, held_bytes), (more, less) in pairwise(layer.hull)
+        ]
+        for more_work, less_held in sorted(pieces, key=lambda piece: piece[0] / piece[1]):
+            if (held - less_held) / self.room_bytes <= (work + more_work) / pp:
+                share = (held / self.room_bytes - work / pp) / (more_work / pp + less_held / self.room_bytes)
+                return m * (work + share * more_work) / pp
+            work, held = work + more_work, held - less_held
+        return m * held / self.room_bytes
+
+    # dealing layers to ranks before a deadline, less what is fixed
+
+    def _deals_chain(self, left: float, splits_backward: bool) -> bool:
+        cut, last, back = 0, len(self.layers), self._inward if splits_backward else self._fused
+        for rank, speed in enumerate(self.speeds):
+            hops = rank * self.hop_us
+            head, tail = self._forward[cut] + hops, back[cut] + hops
+            ends = [bisect_right(self._passing, self._passing[cut] + (left - head - tail) * speed)]
+            work_left = left - head - (0.0 if splits_backward else tail)
+            ends.append(bisect_right(self._work, self._work[cut] + work_left * speed))
+            if self._load is not None:
+                ends.append(bisect_right(self._load, self._load[cut] + left - head))
+            if self._alike:
+                ends += self._ends_by_first_gradient(left, cut)
+            cut = max(cut, min(ends) - 1)
+            if cut >= last:
+                return True
+        return False
+
+    def _ends_by_first_gradient(self, left: float, cut: int) -> list[int]:
+        """How far a rank that starts at `cut` may reach, plus one: wait + work − F before the first B ≤ left."""
+        whole, held = self._gradient_sums
+        given = left - self._forward[-1] - (self.candidate.pp - 1) * self.hop_us - self._inward[-1]
+        ends = [bisect_right(whole, given + whole[cut] + self._inward[cut])]
+        if held is not None:
+            room = self._forward_us_per_byte * self.capacity_bytes
+            ends.append(bisect_right(held, given + room + held[cut] + self._inward[cut]))
+        return ends
+
+    @cached_property
+    def _gradient_sums(self) -> tuple[list[float], list[float] | None]:
+        """m · (work − F) − B, and m · work + ρ · states − B, summed from the front; neither descends."""
+        m, rate = self._m, self._forward_us_per_byte
+        whole = self._sums(lambda layer: max(0.0, m * (layer.work_us - layer.forward_us) - layer.backward_us))
+        if math.isinf(rate) or math.isinf(self.capacity_bytes):
+            return whole, None
+        return whole, self._sums(
+            lambda layer: max(0.0, m * layer.work_us + rate * layer.state_bytes - layer.backward_us)
+        )
+
+    def _deals_chunks(self, left: float, splits_backward: bool) -> bool:
+        """Whether the ranks can hold all blocks between them, each as many whole ones as its time allows."""
+        m, blocks = self._m, self.layers[1:-1]
+        if not blocks:
+            return True
+        least = _least(blocks)
+        each_us = m * least.work_us + (max(0.0, min(map(self._after_us, blocks))) if self._alike else 0.0)
+        head_us = least.forward_us + self.hop_us
+        tail_us = (least.backward_us if splits_backward else least.fused_us) + self.hop_us
+        passed_us = m * (least.forward_us + (least.backward_us if splits_backward else least.fused_us))
+        after_forward_us = m * min(layer.work_us - layer.forward_us for layer in blocks)
+        wait_us = self.totals.forward_us + (self.candidate.pp - 1) * self.hop_us
+        rate = self._forward_us_per_byte
+        in_memory = self._alike and math.isfinite(rate) and math.isfinite(self.capacity_bytes)
+        held, total = 0, 0.0
+        for rank, speed in enumerate(sorted(self.speeds, reverse=True)):
+            before = max(0, rank - 1)
+            room = (left - before * head_us) * speed
+            most = min(room / each_us, (left - before * (head_us + tail_us)) * speed / passed_us)
+            if self._alike:
+                waited = left - wait_us - before * tail_us
+                most = min(most, waited / after_forward_us if after_forward_us > 0 else math.inf)
+                if in_memory:
+                    kept = waited + rate * self.capacity_bytes
+                    most = min(most, kept / (m * least.work_us + rate * least.state_bytes))
+            held += max(0, math.floor(most + 1e-9))
+            total += max(0.0, room)
+        return held >= len(blocks) and total >= max(self._work[-1], 0.0 if self._load is None else self._load[-1])
+
+
+def total(layers: Sequence[LayerFloor]) -> LayerFloor:
+    """Sums over all layers."""
+    return _combined(layers, sum)
+
+
+def _least(layers: Sequence[LayerFloor]) -> LayerFloor:
+    """The least of everything over some layers."""
+    return _combined(layers, min)
+
+
+def _combined(layers: Sequence[LayerFloor], combine: Callable[[list[float]], float]) -> LayerFloor:
+    names = LayerFloor._fields[:-1]
+    values: dict[str, Any] = {name: combine([getattr(layer, name) for layer in layers]) for name in names}
+    return LayerFloor(**values, hull=())
+
+
+def _running(values: Iterable[float]) -> list[float]:
+    return list(accumulate(values, initial=0.0))
