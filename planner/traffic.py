@@ -73,6 +73,7 @@ class StepTraffic:
     us_per_expert_parameter: float
     hidden_forward_share: float
     hidden_backward_share: float
+    shown_share: float = INTERFERENCE  # of the time the links are busy, even if all of it has something to hide behind
 
     def busy_us(self, dense: float, experts: float) -> float:
         """Time the links are busy for a rank with these numbers of parameters."""
@@ -85,7 +86,7 @@ class StepTraffic:
     def exposed_us(self, dense: float, experts: float, forward_us: float, backward_us: float) -> float:
         """What shows after a rank's last backward; at least fixed + busy − hidden."""
         busy_us = self.busy_us(dense, experts)
-        return self.fixed_us + max(INTERFERENCE * busy_us, busy_us - self.hidden_us(forward_us, backward_us))
+        return self.fixed_us + max(self.shown_share * busy_us, busy_us - self.hidden_us(forward_us, backward_us))
 
 
 def step_traffic(
