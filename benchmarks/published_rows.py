@@ -394,7 +394,7 @@ def precision_of(row: Row, dtype: Dtype, facts: Row, filled: list[str]) -> Preci
     sharding = text_of(row, "optimizer_sharding")
     if dtype == "float16":
         return Precision(compute=dtype, gradients="float16")
-    if "fsdp" in sharding or "zero3" in sharding or "hsdp" in sharding:
+    if any(word in sharding for word in ("fsdp", "zero3", "hsdp", "communication overlapped")):
         return Precision(compute=dtype, gradients="bfloat16")
     return Precision(compute=dtype)
 

@@ -6,12 +6,11 @@ from typing import Any, Literal
 
 from planner.assembly import NUM_ALTERNATIVES, assemble, next_best, runners_up
 from planner.errors import LayoutError, PlanError, ScheduleError
-from planner.layout import Degrees, Pins
+from planner.layout import Degrees
 from planner.plans import WITHOUT_PINS, Plan, Precision, RecomputePlan
 from planner.pricing import PricedLayout
-from planner.questions import MAX_MICRO_BATCH, ask, check_time_limit
-from planner.questions import load_model as load_model
-from planner.search import SearchProgress, SearchResult
+from planner.questions import OnProgress, Question, ask, check_time_limit
+from planner.search import SearchResult
 from planner.verify import verify
 from profiles.catalog import load_model_spec
 from profiles.cluster import Cluster
@@ -20,6 +19,7 @@ from profiles.model import Dtype, ModelProfile, ModelSpec, Recompute
 
 DEFAULT_TIME_LIMIT_S = 30.0
 MAX_TOP = 1000
+MAX_MICRO_BATCH = 10**5
 _PINNED_SHARE = 0.6  # of the time limit; the rest goes to the space without pins
 
 
@@ -52,7 +52,7 @@ def plan(
     time_limit_s: float = DEFAULT_TIME_LIMIT_S,
     seed: int = 0,
     command: str = "",
-    on_progress: Callable[[SearchProgress], None] | None = None,
+    on_progress: OnProgress = None,
 ) -> Plan:
     """The fastest layout and schedule found for this model on this cluster, with its certificate.
 
@@ -67,41 +67,57 @@ def plan(
 
     Raises CatalogError, FileError, LayoutError or ProfileError for bad input, and InfeasibleError when no layout fits.
     """
-    pins = Pins(
-        tp=tp,
-        pp=pp,
-        dp=dp,
-        cp=cp,
-        ep=ep,
-        virtual_stages=virtual_stages,
-        micro_batch_size=micro_batch_size,
-        zero_stage=zero_stage,
-        shard_degree=shard_degree,
-        recompute=recompute,
-        sequence_parallel=sequence_parallel,
-        family=family,
-        excluded=tuple(excluded),
-    )
     question = ask(
         model,
         cluster,
-        global_batch_size=global_batch_size,
-        sequence_length=sequence_length,
-        dtype=dtype,
-        precision=precision,
-        gradient_dtype=gradient_dtype,
-        master_weight_dtype=master_weight_dtype,
-        optimizer_dtype=optimizer_dtype,
-        pins=pins,
-        overlap=overlap,
+        {
+            "global_batch_size": global_batch_size,
+            "sequence_length": sequence_length,
+            "dtype": dtype,
+            "precision": precision,
+            "gradient_dtype": gradient_dtype,
+            "master_weight_dtype": master_weight_dtype,
+            "optimizer_dtype": optimizer_dtype,
+            "tp": tp,
+            "pp": pp,
+            "dp": dp,
+            "cp": cp,
+            "ep": ep,
+            "virtual_stages": virtual_stages,
+            "micro_batch_size": micro_batch_size,
+            "zero_stage": zero_stage,
+            "shard_degree": shard_degree,
+            "recompute": recompute,
+            "sequence_parallel": sequence_parallel,
+            "family": family,
+            "excluded": excluded,
+            "overlap": overlap,
+        },
     )
     check_time_limit(time_limit_s)
     if not 0 <= top <= MAX_TOP:
         raise LayoutError(f"top {top}: give 0 to {MAX_TOP} layouts")
-    share = _PINNED_SHARE if pins.any else 1.0
-    result = question.search(time_limit_s * share, seed=seed, num_best=max(1, top), on_progress=on_progress)
+    return solve(question, top=top, time_limit_s=time_limit_s, seed=seed, command=command, on_progress=on_progress)
+
+
+def solve(
+    question: Question,
+    *,
+    top: int,
+    time_limit_s: float,
+    seed: int,
+    command: str,
+    known: Sequence[PricedLayout] = (),
+    on_progress: OnProgress = None,
+) -> Plan:
+    """The plan for a question that was read; `known`: layouts of its space that are priced already."""
+    pinned = question.is_pinned
+    share = _PINNED_SHARE if pinned else 1.0
+    result = question.search(
+        time_limit_s * share, seed=seed, num_best=max(1, top), known=known, on_progress=on_progress
+    )
     beside = [("", priced) for priced in (next_best(result, top - 1) if top else runners_up(result)[:NUM_ALTERNATIVES])]
-    if pins.any and not result.interrupted:
+    if pinned and not result.interrupted:
         free = question.search_without_pins(
             time_limit_s * (1 - share), seed=seed, known=result.ranked, on_progress=on_progress
         )

@@ -15,7 +15,7 @@ head_r be the time before rank r can start, and M the step time.
 - *Chain* and *memory × time*: see `StepFloor._chain_us` and `StepFloor._memory_us`.
 
 `StepFloor.step_us` is the least M for which the layers can be dealt to the ranks within these limits. With one chunk
-per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never hurts the ranks behind.
+per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never hurts those behind.
 With several chunks, the k-th rank that is entered waits for at least k layers, the k-th that gets a gradient likewise,
 and ranks are only asked to hold all blocks between them, in whole ones; pairing both orders is the best case, as
 Σ min(a_k, b_k) is largest when both are sorted alike.

@@ -15,12 +15,34 @@ from planner.traffic import BYTES_OF
 from profiles.cluster import DeviceSpec
 from profiles.model import BYTES_PER_ELEMENT
 
-RESERVE_FRACTION = 0.06  # CUDA context, communicator buffers, allocator fragmentation: not a process's to fill
+RESERVE_FRACTION = 0.06
+"""Share of what the allocator has taken that lies idle between blocks when a process runs out of memory."""
+
+CONTEXT_BYTES = 2_500_000_000
+"""What is taken outside of the allocator: the CUDA context with its kernels, and NCCL's buffers."""
+
+COPIED_GRADIENT_BYTES = 4
+"""Per parameter, while the optimizer runs, where gradients are kept in fewer bits than master weights: AdamW gets them
+in float32 (Megatron-LM, DeepSpeed). By then activations are gone."""
+
+BUCKET_PARAMETERS = 500_000_000
+"""Parameters whose gradients are reduced at a time, and whose weights are gathered at a time, under ZeRO 1 and 2.
+
+DeepSpeed's default bucket sizes.
+"""
 
 
 def capacity_bytes(device: DeviceSpec) -> int:
-    """What a process may use of this device's memory, in bytes."""
-    return int(device.memory_bytes * (1 - RESERVE_FRACTION))
+    """What tensors may take of this device's memory, in bytes."""
+    room = device.memory_bytes - (CONTEXT_BYTES if device.kind != "cpu" else 0)
+    return int(max(0, room) * (1 - RESERVE_FRACTION))
+
+
+def observed_bytes(memory: RankMemory, *, outside: bool = False, reserved: bool = True) -> float:
+    """What a measurement shows for this rank: tensors alone; what the allocator `reserved` for them; or, from
+    `outside` of the process (nvidia-smi), that and the context."""
+    total = memory.total_bytes / (1 - RESERVE_FRACTION if reserved or outside else 1)
+    return total + (CONTEXT_BYTES if outside else 0)
 
 
 def model_state_bytes(
@@ -70,18 +92,37 @@ def rank_memory(
 ) -> RankMemory:
     """Memory of one device of this pipeline rank, given what its activations take at their peak."""
     hosted = [stage for stage, host in zip(stages, rank_of_stage, strict=True) if host == rank]
+    parameter_bytes = sum(stage.parameter_bytes for stage in hosted)
     weights, gradients, optimizer = model_state_bytes(
-        sum(stage.parameter_bytes for stage in hosted),
-        sum(stage.expert_parameter_bytes for stage in hosted),
-        candidate,
-        precision,
+        parameter_bytes, sum(stage.expert_parameter_bytes for stage in hosted), candidate, precision
     )
+    num_parameters = parameter_bytes // BYTES_PER_ELEMENT[precision.compute]
     return RankMemory(
         weight_bytes=weights,
         gradient_bytes=gradients,
         optimizer_bytes=optimizer,
         activation_bytes=peak_activation_bytes,
-        temporary_bytes=max(stage.temporary_bytes for stage in hosted),
-        buffer_bytes=buffer_bytes(max(stage.output_bytes for stage in stages), num_neighbours(rank_of_stage, rank)),
+        temporary_bytes=max(
+            *(stage.temporary_bytes for stage in hosted),
+            copied_gradient_bytes(num_parameters, candidate, precision) - peak_activation_bytes,
+        ),
+        buffer_bytes=buffer_bytes(max(stage.output_bytes for stage in stages), num_neighbours(rank_of_stage, rank))
+        + bucket_bytes(num_parameters, candidate, precision),
         capacity_bytes=capacity,
     )
+
+
+def copied_gradient_bytes(num_parameters: int, candidate: Candidate, precision: Precision) -> int:
+    """What the optimizer copies of gradients while it runs."""
+    master = 0 if precision.master_weights is None else BYTES_OF[precision.master_weights]
+    if BYTES_OF[precision.gradients] >= master or candidate.zero_stage == 3:
+        return 0
+    return num_parameters * COPIED_GRADIENT_BYTES // (candidate.shard_degree if candidate.zero_stage else 1)
+
+
+def bucket_bytes(num_parameters: int, candidate: Candidate, precision: Precision) -> int:
+    """Gradients on their way to their shards, and weights on their way back."""
+    if candidate.zero_stage not in (1, 2) or candidate.shard_degree == 1:
+        return 0
+    each = BYTES_OF[precision.gradients] + BYTES_PER_ELEMENT[precision.compute]
+    return min(num_parameters, BUCKET_PARAMETERS) * each

@@ -21,15 +21,18 @@ from planner.floor import StepFloor
 from planner.layout import Candidate, Pins, Space
 from planner.pricing import Cut, Job, PricedLayout, Pricer, held_per_rank
 from planner.schedule.families import FAMILIES, Family
+from planner.schedule.families.base import round_robin, vee
 from solvers.pipeline import PipelineSolution
 from solvers.status import Status
 
 SOLVER_ACTION_LIMIT = 40_000  # beyond this many actions only the fixed families are tried
 NUM_RUNNERS_UP = 5  # other layouts that are priced, if there are any, though they cannot win
 NUM_POLISHED = 2  # best candidates that get a solver-made schedule
-_PRICING_SHARE = 0.6  # of the time limit; what is left goes to second tries, then to solvers
+_PRICING_SHARE = 0.5  # of the time limit; what is left goes to solver-made orders, second tries, then the best few
+_ORDERING_SHARE = 0.7
 _SECOND_TRY_SHARE = 0.75
-_POLISH_SHARE = 0.9
+_POLISH_SHARE = 0.93
+_ORDER_S = 1.0  # for one solver-made order of an open candidate
 _GRACE_S = 10.0  # beyond the limit, to find any layout at all
 _TOLERANCE = 1e-9
 
@@ -108,13 +111,15 @@ def search(
     time_limit_s: float,
     seed: int,
     known: Sequence[PricedLayout] = (),
+    num_best: int = 1,
     on_progress: Callable[[SearchProgress], None] | None = None,
 ) -> SearchResult:
     """Search `space`; InfeasibleError if nothing in it fits. Ctrl-C gives the best so far.
 
-    `known`: layouts of this space that were priced already, to prune with.
+    `known`: layouts of this space that were priced already, to prune with. `num_best`: how many layouts of different
+    degrees, chunks or micro-batch size are wanted; pricing goes on until the floors reach the last of them.
     """
-    running = _Search(job, space, pins, time_limit_s, seed, on_progress)
+    running = _Search(job, space, pins, time_limit_s, seed, num_best, on_progress)
     running.best = {priced.candidate: priced for priced in known}
     return running.run()
 
@@ -127,10 +132,12 @@ class _Search:
         pins: Pins,
         time_limit_s: float,
         seed: int,
+        num_best: int,
         on_progress: Callable[[SearchProgress], None] | None,
     ) -> None:
-        self.job, self.space, self.seed = job, space, seed
-        self.family = None if pins.family in (None, "auto") else pins.family
+        self.job, self.space, self.seed, self.num_best = job, space, seed, num_best
+        self.pins, self.family = pins, None if pins.family in (None, "auto") else pins.family
+        self.solvers_may_order = self.family is None and ("family", "auto") not in pins.excluded
         self.time_limit_s, self.on_progress = time_limit_s, on_progress
         self.started = time.monotonic()
         self.pricer = Pricer(job)
@@ -147,7 +154,7 @@ class _Search:
             for index, node in enumerate(self._nodes()):
                 self.queue.append((node.quick_us, index, node))
             heapq.heapify(self.queue)
-            self._price_and_try_again()
+            self._price()
             self._polish()
             self._price_runners_up()
         except KeyboardInterrupt:
@@ -156,8 +163,8 @@ class _Search:
             result.interrupted = True
         if not self.best:
             self._refuse()
-        best_us = self._best_us()
-        result.num_pruned = sum(floor >= best_us * (1 - _TOLERANCE) for floor, _, _ in self.queue)
+        cutoff_us = self._cutoff_us()
+        result.num_pruned = sum(floor >= cutoff_us * (1 - _TOLERANCE) for floor, _, _ in self.queue)
         result.num_unreached = len(self.queue) - result.num_pruned
         result.ranked = self._ranked()
         result.lower_bound_us = self._lower_bound_us()
@@ -178,7 +185,7 @@ class _Search:
             elif self._overflows_everywhere(candidate):
                 self.result.refused["does not fit in memory"] += 1
             else:
-                solvers = self.family is None and candidate.pp > 1
+                solvers = self.solvers_may_order and candidate.pp > 1
                 yield _Node(candidate, families, self.pricer.floor(candidate), solvers)
 
     def _families(self, candidate: Candidate) -> tuple[Family, ...]:
@@ -191,6 +198,7 @@ class _Search:
                 if family.supports(*key[:3]) is None
                 and not (family.splits_backward and not (candidate.can_split_backward and candidate.pp > 1))
                 and (family.in_layout_search if self.family is None else family.name == self.family)
+                and ("family", family.name) not in self.pins.excluded
             ]
             self._families_of[key] = tuple(sorted(families, key=lambda f: (not f.splits_backward, f.name)))
         return self._families_of[key]
@@ -206,9 +214,11 @@ class _Search:
 
     # pricing
 
-    def _price_and_try_again(self) -> None:
-        second_tries: list[_Node] = []
-        while self.queue and self.queue[0][0] < self._best_us() * (1 - _TOLERANCE):
+    def _price(self) -> None:
+        """Price candidates in the order of their floors, order what may still win by solver, try the rest again."""
+        priced: list[_Node] = []
+        undecided: list[_Node] = []
+        while self.queue and self.queue[0][0] < self._cutoff_us() * (1 - _TOLERANCE):
             late_s = self._elapsed_s() - self.time_limit_s * (_PRICING_SHARE if self.best else 1)
             if late_s > (0 if self.best else _GRACE_S):
                 self.result.limited_by_time = True
@@ -223,13 +233,36 @@ class _Search:
             outcome = self._price_families(node)
             if outcome is _Outcome.IMPOSSIBLE:
                 self._close(node)
-            elif outcome is _Outcome.UNDECIDED:
-                second_tries.append(node)
+            else:
+                priced.append(node)
+                if outcome is _Outcome.UNDECIDED:
+                    undecided.append(node)
             self._report("pricing layouts")
-        for node in second_tries:
+        self._order(priced)
+        self._try_all_again(undecided)
+
+    def _order(self, nodes: Sequence[_Node]) -> None:
+        """Solver-made orders of whole candidates, least floor first: cut evenly, nothing recomputed if that can be."""
+        more_chunks_first = sorted(nodes, key=lambda node: (node.floor_us, -node.candidate.virtual_stages))
+        for node in more_chunks_first:
+            if self.result.interrupted or node.floor_us >= self._cutoff_us():
+                return
+            if self._elapsed_s() > self.time_limit_s * _ORDERING_SHARE:
+                self.result.limited_by_time = True
+                return
+            if not node.solvers_may_order or self._num_actions(node.candidate) > SOLVER_ACTION_LIMIT:
+                continue
+            candidate = node.candidate
+            for placement in _placements(candidate):
+                cuts = self.pricer.even_cuts(candidate, placement, splits_backward=candidate.can_split_backward)
+                self._list_schedule(self.pricer.cut(candidate, cuts, placement))
+            self._report("ordering open layouts")
+
+    def _try_all_again(self, nodes: Sequence[_Node]) -> None:
+        for node in nodes:
             if self.result.interrupted:
                 return
-            if node.floor_us >= self._best_us():
+            if node.floor_us >= self._cutoff_us():
                 continue
             if self._elapsed_s() > self.time_limit_s * _SECOND_TRY_SHARE:
                 self.result.limited_by_time = True
@@ -247,7 +280,7 @@ class _Search:
         """Price a candidate under every family that may still win."""
         settled, impossible = False, node.candidate.virtual_stages == 1
         for family in node.families:
-            if node.floor_of_us[family.splits_backward] >= self._best_us():
+            if node.floor_of_us[family.splits_backward] >= self._cutoff_us():
                 settled = True
                 continue
             priced = self.pricer.price_family(node.candidate, family)
@@ -255,14 +288,13 @@ class _Search:
             impossible &= priced is None
         if settled:
             return _Outcome.SETTLED
-        solvers_may_try = self.family is None and node.candidate.pp > 1
-        return _Outcome.IMPOSSIBLE if impossible and not solvers_may_try else _Outcome.UNDECIDED
+        return _Outcome.IMPOSSIBLE if impossible and not node.solvers_may_order else _Outcome.UNDECIDED
 
     def _try_again(self, node: _Node) -> bool:
         """What no family fits as it was cut; False only if it is proven that nothing fits."""
         if node.candidate.virtual_stages > 1:
             return self._share_memory_unevenly(node)
-        if self.family is not None or node.candidate.pp == 1:
+        if not node.solvers_may_order:
             return True
         return self._hold_fewer_microbatches(node)
 
@@ -292,7 +324,7 @@ class _Search:
             if cut is not None:
                 if not self._keep(self.pricer.price_order(cut, family)):
                     self._list_schedule(cut)
-            elif self.family is None:
+            elif node.solvers_may_order:
                 cut, fits_once = self._shared_cut(node, family, placement, [1] * candidate.pp)
                 if cut is not None:
                     self._list_schedule(cut)
@@ -317,8 +349,8 @@ class _Search:
         return self.pricer.cut(node.candidate, found.cuts, placement, found.choices), True
 
     def _list_schedule(self, cut: Cut) -> None:
-        if self.family is None and self._num_actions(cut.candidate) <= SOLVER_ACTION_LIMIT:
-            limit_s = min(2.0, max(0.05, self.time_limit_s - self._elapsed_s()))
+        if self.solvers_may_order and self._num_actions(cut.candidate) <= SOLVER_ACTION_LIMIT:
+            limit_s = min(_ORDER_S, max(0.05, self.time_limit_s - self._elapsed_s()))
             priced, solution = self.pricer.solve_order(
                 cut, solver="list-scheduling", time_limit_s=limit_s, seed=self.seed
             )
@@ -327,7 +359,7 @@ class _Search:
 
     def _polish(self) -> None:
         """Give the best few candidates a solver-made schedule."""
-        if self.family is not None:
+        if not self.solvers_may_order:
             return
         chosen = self._ranked()[:NUM_POLISHED]
         for position, priced in enumerate(chosen):
@@ -390,6 +422,16 @@ class _Search:
     def _best_us(self) -> float:
         return min((priced.step_us for priced in self.best.values()), default=math.inf)
 
+    def _cutoff_us(self) -> float:
+        """The step time that a candidate has to beat: of the last of the `num_best` wanted."""
+        if self.num_best == 1:
+            return self._best_us()
+        best: dict[tuple[object, ...], float] = {}
+        for c, priced in self.best.items():
+            key = (*c.degrees, c.virtual_stages, c.micro_batch_size)
+            best[key] = min(priced.step_us, best.get(key, math.inf))
+        return sorted(best.values())[self.num_best - 1] if len(best) >= self.num_best else math.inf
+
     def _lower_bound_us(self) -> float:
         unpriced = self.queue[0][0] if self.queue else math.inf
         return min(self._best_us(), unpriced, *self.open.values())
@@ -424,6 +466,13 @@ class _Search:
             f"{self.job.global_batch_size}: {'; '.join(reasons) or 'no candidates'}.{miss} To mend it, {more}use more "
             "or larger devices, or free what is pinned"
         )
+
+
+def _placements(candidate: Candidate) -> tuple[tuple[int, ...], ...]:
+    """Where solvers may put the stages."""
+    if candidate.virtual_stages == 1:
+        return (tuple(range(candidate.pp)),)
+    return round_robin(candidate.pp, candidate.virtual_stages), vee(candidate.pp, candidate.virtual_stages)
 
 
 def _named(candidate: Candidate) -> str:

@@ -234,7 +234,7 @@ def head(shard: Shard) -> Layer:
         forward=moved,
         backward=moved,
         saved=logits * LOGIT_BYTES + shard.num_tokens * INDEX_BYTES,
-        transient=logits * size + shard.hidden_bytes,
+        transient=logits * (size + LOGIT_BYTES) + shard.hidden_bytes,
     )
     # over the parts of the vocabulary: maximum, sum of exponentials and the label's logit of every token
     reductions_us = 3 * shard.machine.all_reduce_us(shard.num_tokens * LOGIT_BYTES)

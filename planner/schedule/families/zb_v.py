@@ -53,4 +53,5 @@ FAMILY = Family(
     build=_build,
     place=vee,
     refuse=only_two_stages_per_rank,
+    in_layout_search=True,
 )
