@@ -242,6 +242,9 @@ def check_pins(dims: Dimensions, pins: Pins) -> None:
             f"layout {named} does not divide the {devices} devices of cluster {cluster.name!r}; "
             f"choose degrees whose product divides {devices}"
         )
+    missing = [name for name, value in degrees.items() if value is None]
+    if product == devices or len(missing) == 1:
+        degrees = {name: value or devices // product for name, value in degrees.items()}
     obstacles = [
         None if tp is None else dims.node_obstacle(tp),
         None if cp is None else dims.context_obstacle(tp or 1, cp),
@@ -340,8 +343,7 @@ def _with_these_degrees(
     dropped["micro-batch size does not divide a replica's batch"] += len(dims.micro_batch_sizes) - len(sizes)
     chunk_counts = _offered(pins, "virtual_stages", VIRTUAL_STAGES)
     experts = [ep for ep in divisors(dp * cp) if pins.allows("ep", ep) and dims.expert_obstacle(ep, dp * cp) is None]
-    recomputes: tuple[RecomputePlan, ...] = pins.values("recompute") or dims.recompute_plans  # type: ignore[assignment]
-    recomputes = tuple(plan for plan in recomputes if pins.allows("recompute", plan))
+    recomputes = _recomputes(dims, pins)
     sequence_parallel = pins.sequence_parallel is not False
     for size, chunks in product(sizes, chunk_counts):
         if chunks > 1 and pp == 1:
@@ -366,6 +368,13 @@ def _with_these_degrees(
                     shard_degree=shard,
                     sequence_parallel=sequence_parallel,
                 )
+
+
+def _recomputes(dims: Dimensions, pins: Pins) -> list[RecomputePlan]:
+    """Pinned plans; else the usual, or with exclusions every uniform one that is left: a mixture could hold any."""
+    excluded = any(name == "recompute" for name, _ in pins.excluded)
+    offered = pins.values("recompute") or (RECOMPUTE_PLANS[:-1] if excluded else dims.recompute_plans)
+    return [plan for plan in RECOMPUTE_PLANS if plan in offered and pins.allows("recompute", plan)]
 
 
 def _offered(pins: Pins, name: str, usual: tuple[int, ...]) -> list[int]:

@@ -20,9 +20,12 @@ def test_every_candidate_uses_all_devices_and_the_whole_batch():
     candidates = space().candidates
     assert candidates
     for c in candidates:
-        assert c.tp * c.pp * c.dp == 16
+        assert c.tp * c.cp * c.pp * c.dp == 16
         assert c.dp * c.micro_batch_size * c.num_microbatches == 256
         assert c.num_stages <= 34
+        assert c.dp * c.cp % c.shard_degree == 0
+        assert c.ep == 1
+        assert 8192 % (2 * c.cp * c.tp) == 0 or c.cp == 1
 
 
 def test_no_candidate_comes_twice():
@@ -32,27 +35,55 @@ def test_no_candidate_comes_twice():
 
 def test_the_space_is_what_a_plain_enumeration_finds():
     want = {
-        (tp, pp, dp, v, size, zero, recompute)
-        for tp in (1, 2, 4, 8)
+        (tp, cp, pp, dp, v, size, zero, shard)
+        for tp in (1, 2, 4, 8, 16)
+        for cp in (1, 2, 4, 8)
         for pp in (1, 2, 4, 8, 16)
         for dp in (1, 2, 4, 8, 16)
-        if tp * pp * dp == 16
-        for v in (1, 2, 4)
+        if tp * cp * pp * dp == 16
+        for v in (1, 2, 3, 4, 6, 8)
         if (v == 1 or pp > 1) and pp * v <= 34
         for size in (1, 2, 4, 8, 16, 32)
         if 256 // dp % size == 0
-        for zero in ((0, 1) if dp > 1 else (0,))
-        for recompute in ("none", "full")
+        for zero in ((0, 1, 2, 3) if dp * cp > 1 else (0,))
+        for shard in ((1,) if zero == 0 else {dp * cp, 8 // tp} if 1 < 8 // tp < dp * cp else (dp * cp,))
     }
     got = {
-        (c.tp, c.pp, c.dp, c.virtual_stages, c.micro_batch_size, c.zero_stage, c.recompute) for c in space().candidates
+        (c.tp, c.cp, c.pp, c.dp, c.virtual_stages, c.micro_batch_size, c.zero_stage, c.shard_degree)
+        for c in space().candidates
     }
     assert got == want
+    assert {c.recompute for c in space().candidates} == {"mixed"}
+
+
+def test_experts_are_spread_over_the_copies_of_their_layers():
+    mixtral = model("mixtral-8x7b")
+    dims = Dimensions(mixtral, load_cluster("2x8xh100-sxm"), 256, 4096, mixtral.num_layers + 2)
+    candidates = enumerate_space(dims, Pins()).candidates
+    assert {c.ep for c in candidates} == {1, 2, 4, 8}
+    assert all(c.dp * c.cp % c.ep == 0 for c in candidates)
+    with pytest.raises(LayoutError, match="ep=3 does not divide the 8 experts of 'mixtral-8x7b'"):
+        enumerate_space(dims, Pins(ep=3))
+    with pytest.raises(LayoutError, match="ep=2: model 'llama-3.1-8b' has no experts"):
+        space(ep=2)
+
+
+def test_several_values_and_exclusions_narrow_a_dimension():
+    candidates = space(tp=(2, 4), excluded=(("pp", 2), ("zero_stage", 3))).candidates
+    assert {c.tp for c in candidates} == {2, 4}
+    assert {c.pp for c in candidates} == {1, 4, 8}
+    assert {c.zero_stage for c in candidates} == {0, 1, 2}
+    assert {c.recompute for c in space(excluded=(("recompute", "full"),)).candidates} == {"none", "selective"}
+    with pytest.raises(LayoutError, match="'colour' cannot be excluded"):
+        Pins(excluded=(("colour", 1),))
 
 
 def test_pins_hold():
     candidates = space(tp=4, pp=2, micro_batch_size=2, recompute="full", zero_stage=1, virtual_stages=1).candidates
-    assert [(c.tp, c.pp, c.dp, c.micro_batch_size) for c in candidates] == [(4, 2, 2, 2)]
+    assert {(c.tp, c.cp, c.pp, c.dp, c.micro_batch_size, c.recompute) for c in candidates} == {
+        (4, 1, 2, 2, 2, "full"),
+        (4, 2, 2, 1, 2, "full"),
+    }
 
 
 def test_dropped_points_are_counted_by_reason():
@@ -64,15 +95,18 @@ def test_dropped_points_are_counted_by_reason():
     ("pins", "message"),
     [
         ({"tp": 3}, "tp=3 does not divide num_heads=32 of model 'llama-3.1-8b'; degrees that do: 1, 2, 4, 8, 16, 32"),
-        ({"tp": 8, "pp": 2, "dp": 2}, "layout tp=8 pp=2 dp=2 needs 32 devices, but cluster '2x8xh100-sxm' has 16"),
+        ({"tp": 8, "pp": 2, "dp": 2}, "layout tp=8 pp=2 dp=2 does not divide the 16 devices of cluster"),
+        (
+            {"tp": 4, "cp": 1, "pp": 2, "dp": 1},
+            "layout tp=4 cp=1 pp=2 dp=1 needs 8 devices, but cluster '2x8xh100-sxm'",
+        ),
         ({"pp": 5}, "layout pp=5 does not divide the 16 devices"),
         ({"pp": 16, "virtual_stages": 3}, "pp=16 × virtual_stages=3 makes 48 stages, but model 'llama-3.1-8b' has 34"),
         ({"micro_batch_size": 3}, "dp=1 × micro_batch_size=3 is 3, which does not divide global batch size 256"),
-        ({"tp": 16}, "tp=16 does not divide the 8 devices of a node of cluster '2x8xh100-sxm'"),
         ({"pp": 1, "virtual_stages": 2}, "pp=1 with virtual_stages=2: one rank has no use for chunks"),
         ({"tp": 8, "dp": 2, "virtual_stages": 4}, "pp=1 with virtual_stages=4"),
-        ({"zero_stage": 3}, "zero_stage=3 is not known; choose one of 0, 1"),
-        ({"recompute": "selective"}, "recompute=selective is not known; choose one of none, full"),
+        ({"zero_stage": 4}, "zero_stage=4 is not known; choose one of 0, 1, 2, 3"),
+        ({"recompute": "some"}, "recompute=some is not known; choose one of none, selective, full, mixed"),
         ({"dp": 0}, "dp=0: degrees and sizes are whole numbers from 1"),
     ],
 )
@@ -89,7 +123,13 @@ def test_a_batch_that_a_pinned_data_degree_does_not_divide_is_refused():
     with pytest.raises(
         LayoutError, match="dp=16 × micro_batch_size=1 is 16, which does not divide global batch size 24"
     ):
-        space(batch=24, tp=1, pp=1)
+        space(batch=24, tp=1, cp=1, pp=1)
+
+
+def test_a_tensor_group_may_leave_a_node_whole_but_not_in_part():
+    assert space(tp=16).candidates
+    with pytest.raises(LayoutError, match="tp=4 neither divides nor is a multiple of the 6 devices of a node"):
+        space("2x6xh100-sxm", batch=12, tp=4)
 
 
 def test_key_value_heads_are_replicated_only_evenly():
