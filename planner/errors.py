@@ -8,9 +8,13 @@ class LayoutError(PipewrightError):
 
 
 class InfeasibleError(LayoutError):
-    """The question is well formed, and no layout or schedule answers it."""
+    """The question is well formed, and no layout or schedule answers it; `proven` if none can."""
 
     exit_code = 1
+
+    def __init__(self, message: str, *, proven: bool = False) -> None:
+        super().__init__(message)
+        self.proven = proven
 
 
 class ScheduleError(PipewrightError):

@@ -464,7 +464,8 @@ class _Search:
             f"no layout of {self.job.profile.model.name!r} found that fits cluster {cluster.name!r} "
             f"({cluster.num_devices} devices, {usable} usable each) with global batch size "
             f"{self.job.global_batch_size}: {'; '.join(reasons) or 'no candidates'}.{miss} To mend it, {more}use more "
-            "or larger devices, or free what is pinned"
+            "or larger devices, or free what is pinned",
+            proven=not (self.open or self.queue),
         )
 
 

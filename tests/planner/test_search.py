@@ -1,6 +1,6 @@
 """The search against plain enumeration: the bound is under everything there is, and what is dropped cannot fit."""
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from planner.errors import InfeasibleError
 from planner.layout import Dimensions, Pins, enumerate_space
+from planner.plans import Precision
 from planner.pricing import Job, Pricer
+from planner.schedule.actions import keep_together
 from planner.schedule.families import FAMILIES
 from planner.search import search
 from profiles.cluster import Cluster, DeviceSpec, Link, NodeGroup
@@ -84,43 +86,62 @@ def profile(rows, sizes, recompute):
     return ModelProfile(model=spec, layers=tuple(groups), origin=origin)
 
 
-def everything(job, space, family_name):
-    """Step times of all cuts of all candidates under all families that fit, one by one."""
-    pricer = Pricer(job)
-    for candidate in space.candidates:
-        if candidate.variant(8, "float32") not in job.profile.variants:
+def job_of(model_profile, machines, batch, *, overlaps=False):
+    return Job((model_profile,), machines, batch, 8, Precision.of("float32"), overlaps)
+
+
+def orders(pricer, candidate, family_name):
+    """Step times of all cuts and recomputations of one candidate under all families, if they fit: (splits, µs)."""
+    options = pricer.options(candidate)
+    layers = range(len(options.base))
+    for family in FAMILIES.values():
+        if not (family.in_layout_search if family_name == "auto" else family.name == family_name):
             continue
-        layers = pricer.layers(candidate)
-        for family in FAMILIES.values():
-            if not (family.in_layout_search if family_name == "auto" else family.name == family_name):
-                continue
-            if family.supports(candidate.pp, candidate.num_microbatches, candidate.virtual_stages) is not None:
-                continue
-            if family.splits_backward and (candidate.recompute != "none" or candidate.pp == 1):
-                continue
-            schedule = family.generate(candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
-            placement = family.placement(candidate.pp, candidate.virtual_stages)
-            for cuts in combinations(range(1, len(layers)), candidate.num_stages - 1):
-                priced = pricer.price(pricer.cut(candidate, layers, cuts, placement), schedule, family.name, "test")
+        if family.supports(candidate.pp, candidate.num_microbatches, candidate.virtual_stages) is not None:
+            continue
+        if family.splits_backward and candidate.pp == 1:
+            continue
+        schedule = family.generate(candidate.pp, candidate.num_microbatches, candidate.virtual_stages)
+        placement = family.placement(candidate.pp, candidate.virtual_stages)
+        for cuts in combinations(range(1, len(layers)), candidate.num_stages - 1):
+            for choices in product(*[range(len(options.choices))] * len(layers)):
+                cut = pricer.cut(candidate, cuts, placement, choices)
+                priced = pricer.price(cut, keep_together(schedule, cut.splits), family.name, "test")
                 if priced.fits:
-                    yield priced.step_us
+                    yield family.splits_backward, priced.step_us
 
 
 rows = st.lists(
     st.tuples(*[st.integers(1, 9)] * 2, st.integers(0, 9), st.integers(1, 5), st.integers(1, 40), st.integers(0, 40)),
     min_size=4,
-    max_size=6,
+    max_size=5,
 )
 
 
-@given(rows, st.sampled_from([(1, 2), (2, 2), (1, 4)]), st.integers(60, 600), st.sampled_from(["auto", "1f1b", "zb-v"]))
-@settings(derandomize=True, deadline=None, max_examples=60)
-def test_nothing_that_fits_is_under_the_bound_and_the_answer_is_near_the_best(layers, shape, memory, family):
+@given(
+    rows,
+    st.sampled_from([(1, 2), (2, 2)]),
+    st.integers(60, 600),
+    st.sampled_from(["auto", "1f1b", "zb-v"]),
+    st.booleans(),
+)
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_nothing_that_fits_is_under_its_floor_or_the_bound_and_the_answer_is_near_the_best(
+    layers, shape, memory, family, overlaps
+):
     machines = cluster(*shape, memory)
-    job = Job(profile(layers, (1, 2), ("none", "full")), machines, 4, 8, "float32")
-    pins = Pins(family=family)
+    job = job_of(profile(layers, (1, 2), ("none", "full")), machines, 4, overlaps=overlaps)
+    pins = Pins(family=family, cp=1)
     space = enumerate_space(Dimensions(job.profile.model, machines, 4, 8, len(layers), (1, 2)), pins)
-    best = min(everything(job, space, family), default=None)
+    pricer, best = Pricer(job), None
+    for candidate in space.candidates:
+        floor = pricer.floor(candidate)
+        floors = {splits: floor.step_us(splits_backward=splits) for splits in (False, True)}
+        assert floors[True] <= floors[False] * (1 + 1e-3)
+        for splits, step_us in orders(pricer, candidate, family):
+            assert step_us >= floors[splits] * (1 - 1e-9), f"{candidate} takes {step_us}, its floor is {floors[splits]}"
+            assert step_us >= floor.quick_us * (1 - 1e-9)
+            best = step_us if best is None else min(best, step_us)
     try:
         found = search(job, space, pins, time_limit_s=20, seed=0)
     except InfeasibleError:
@@ -135,12 +156,50 @@ def test_nothing_that_fits_is_under_the_bound_and_the_answer_is_near_the_best(la
     assert outcomes == found.num_candidates
 
 
+def test_orders_made_by_solvers_are_not_under_the_floor_of_tight_memory():
+    layers = [(1, 1, 1, 2, 4, 0), *[(5, 6, 4, 5, 30, 9)] * 6, (3, 3, 3, 2, 8, 4)]
+    for memory in (250, 300, 400, 800):
+        machines = cluster(1, 2, memory)
+        job = job_of(profile(layers, (1,), ("none", "full")), machines, 8)
+        space = enumerate_space(Dimensions(job.profile.model, machines, 8, 8, 8, (1,)), Pins(pp=2, cp=1))
+        pricer = Pricer(job)
+        for candidate in space.candidates:
+            floor_us = pricer.floor(candidate).step_us(splits_backward=True)
+            placement = tuple(range(2)) * candidate.virtual_stages
+            cuts = pricer.even_cuts(candidate, placement, splits_backward=True)
+            cut = pricer.cut(candidate, cuts, placement)
+            priced, _ = pricer.solve_order(cut, solver="list-scheduling", time_limit_s=5, seed=0)
+            assert priced is None or priced.step_us >= floor_us * (1 - 1e-9)
+
+
+def test_the_next_best_layouts_are_as_sure_as_the_best():
+    machines = cluster(2, 2, 5_000)
+    job = job_of(profile([(2, 3, 2, 9, 20, 5)] * 6, (1, 2), ("none",)), machines, 8)
+    space = enumerate_space(Dimensions(job.profile.model, machines, 8, 8, 6, (1, 2)), Pins(cp=1))
+    pins = Pins(cp=1, excluded=(("family", "auto"),))
+
+    def best_of_each(found):
+        best = {}
+        for priced in found.ranked:
+            c = priced.candidate
+            best.setdefault((*c.degrees, c.virtual_stages, c.micro_batch_size), priced.step_us)
+        return sorted(best.values())
+
+    few = best_of_each(search(job, space, pins, time_limit_s=20, seed=0, num_best=4))
+    everything = best_of_each(search(job, space, pins, time_limit_s=20, seed=0, num_best=10**6))
+    assert few[:4] == pytest.approx(everything[:4])
+    families = {p.family for p in search(job, space, pins, time_limit_s=20, seed=0, num_best=10**6).ranked}
+    assert "auto" not in families
+    without = Pins(cp=1, excluded=(("family", "auto"), ("family", "1f1b")))
+    assert "1f1b" not in {p.family for p in search(job, space, without, time_limit_s=20, seed=0, num_best=99).ranked}
+
+
 def test_a_larger_device_never_makes_the_answer_worse():
     layers = [(1, 1, 1, 2, 4, 0), *[(5, 6, 4, 5, 30, 9)] * 3, (3, 3, 3, 2, 8, 40)]
     previous = float("inf")
     for memory in (150, 200, 400, 2000):
         machines = cluster(1, 2, memory)
-        job = Job(profile(layers, (1,), ("none", "full")), machines, 4, 8, "float32")
+        job = job_of(profile(layers, (1,), ("none", "full")), machines, 4)
         space = enumerate_space(Dimensions(job.profile.model, machines, 4, 8, 5, (1,)), Pins())
         try:
             step = search(job, space, Pins(), time_limit_s=20, seed=0).ranked[0].step_us
@@ -153,7 +212,7 @@ def test_a_larger_device_never_makes_the_answer_worse():
 
 def test_a_search_that_is_cut_short_says_so():
     machines = cluster(2, 4, 100_000)
-    job = Job(profile([(2, 2, 2, 2, 2, 2)] * 6, (1, 2), ("none", "full")), machines, 64, 8, "float32")
+    job = job_of(profile([(2, 2, 2, 2, 2, 2)] * 6, (1, 2), ("none", "full")), machines, 64)
     space = enumerate_space(Dimensions(job.profile.model, machines, 64, 8, 6, (1, 2)), Pins())
     found = search(job, space, Pins(), time_limit_s=20, seed=0)
     with_time = found.lower_bound_us / found.ranked[0].step_us
@@ -168,7 +227,7 @@ def test_a_search_that_is_cut_short_says_so():
 @pytest.mark.parametrize("family", ["1f1b", "zb-h1", "gpipe", "afp", "zb-h2", "zb-v", "dualpipev", "hanayo"])
 def test_a_pinned_family_is_what_comes_out(family):
     machines = cluster(1, 2, 100_000)
-    job = Job(profile([(2, 2, 2, 2, 2, 2)] * 5, (1,), ("none",)), machines, 4, 8, "float32")
+    job = job_of(profile([(2, 2, 2, 2, 2, 2)] * 5, (1,), ("none",)), machines, 4)
     pins = Pins(pp=2, family=family)
     space = enumerate_space(Dimensions(job.profile.model, machines, 4, 8, 5, (1,)), pins)
     assert {priced.family for priced in search(job, space, pins, time_limit_s=20, seed=0).ranked} == {family}
