@@ -32,6 +32,7 @@ AXES = ("tp", "cp", "ep", "dp", "pp")
 GROUPS = tuple(field.name for field in fields(Spans))
 
 _RESOLUTION = 10_000_000  # integer costs of the program: the usual order costs this much, and no answer costs more
+_NODES_SHARE = 0.25  # of the time limit; what is not found in it is seldom found
 
 CostTable = dict[tuple[int, ...], float]  # members per level: µs per step
 Factors = tuple[tuple[int, ...], ...]  # per axis and level
@@ -133,12 +134,11 @@ def place(
     spans = axes.spans(factors)
     us_of = {name: tables[name].get(getattr(spans, name).members, inf) for name in GROUPS}
     weights = [sum(us_of[name] for name in GROUPS if axis in axes.of_group[name]) for axis in range(len(factors))]
-    blocks, proven = assign_blocks(
-        cluster, [row[-1] for row in factors], weights, solver=solver, time_limit_s=time_limit_s, seed=seed
-    )
+    outermost, share_s = [row[-1] for row in factors], time_limit_s * _NODES_SHARE
+    blocks, proven = assign_blocks(cluster, outermost, weights, solver=solver, time_limit_s=share_s, seed=seed)
     devices = _devices(factors, np.asarray(blocks)).tolist()
     usual_spans = axes.spans(usual)
-    usual_us = sum(tables[name].get(getattr(usual_spans, name).members, inf) for name in GROUPS)
+    usual_us_of = {name: tables[name].get(getattr(usual_spans, name).members, inf) for name in GROUPS}
     text = explain(
         candidate,
         cluster,
@@ -147,7 +147,7 @@ def place(
         lies={**_named(spans), "dp": Span(axes.members(axes.data, factors))},
         usual={**_named(usual_spans), "dp": Span(axes.members(axes.data, usual))},
         us_of=us_of,
-        usual_us=usual_us,
+        usual_us_of=usual_us_of,
     )
     if status is Status.OPTIMAL and not proven:
         status = Status.FEASIBLE

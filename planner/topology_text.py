@@ -36,9 +36,9 @@ def explain(
     lies: Mapping[str, Span],
     usual: Mapping[str, Span],
     us_of: Mapping[str, float],
-    usual_us: float,
+    usual_us_of: Mapping[str, float],
 ) -> tuple[str, ...]:
-    """Lines for people. `lies` and `usual` hold a span per axis, `us_of` the µs per step of every group."""
+    """Lines for people: `lies` and `usual` hold a span per axis, the other two the µs per step of every group."""
     lines = []
     for axis, name in NAMES.items():
         degree = lies[axis].degree
@@ -54,7 +54,7 @@ def explain(
     if not lines:
         lines.append("one device holds the whole model")
     if lies != usual:
-        lines.append(_difference(sum(us_of.values()), usual_us))
+        lines.append(_difference(us_of, usual_us_of))
     return (*lines, *_kinds(candidate, cluster, devices), *_slow_nodes(candidate, cluster, devices))
 
 
@@ -95,13 +95,21 @@ def _us(time_us: float) -> str:
     return f"{time_us / 1e3:,.1f} ms" if time_us >= 1e4 else f"{time_us:,.0f} µs"
 
 
-def _difference(cost_us: float, usual_us: float) -> str:
+def _difference(us_of: Mapping[str, float], usual_us_of: Mapping[str, float]) -> str:
+    """What this placement gains over the usual order, and which axes win and lose."""
     usual = "the usual order (tensor, context, data, pipeline from inside out)"
+    cost_us, usual_us = sum(us_of.values()), sum(usual_us_of.values())
     if not isfinite(usual_us):
         return f"{usual} is ruled out"
+    parts = []
+    for axis, groups in SENT_BY.items():
+        change_us = sum(us_of[group] - usual_us_of[group] for group in groups)
+        if abs(change_us) >= 0.5:
+            parts.append(f"{NAMES[axis]} {_us(abs(change_us))} {'more' if change_us > 0 else 'less'}")
     if cost_us > usual_us:
-        return f"this sends {_us(cost_us - usual_us)} per step longer than {usual}, which would mix kinds of device"
-    return f"this sends {_us(usual_us - cost_us)} per step less than {usual} ({100 - 100 * cost_us / usual_us:.2g} %)"
+        return f"against {usual}, which mixes kinds of device in pipeline ranks: {', '.join(parts)} per step"
+    gain = f"{_us(usual_us - cost_us)} per step ({100 - 100 * cost_us / usual_us:.2g} %) less sent than in {usual}"
+    return f"{gain}: {', '.join(parts)}"
 
 
 def _kinds(candidate: Candidate, cluster: Cluster, devices: Sequence[int]) -> list[str]:

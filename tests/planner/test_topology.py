@@ -192,7 +192,10 @@ def test_what_is_left_of_a_node_goes_to_whoever_gains_most():
     long_pipeline = placed(layout, machines, tp=5e10, replicas=5e7, pp=4e9)
     assert (long_pipeline.spans.replicas.members, long_pipeline.spans.pp.members) == ((1, 4), (2, 1))
     assert "in the usual order 2 in the NVLink domain, across 2 nodes" in " ".join(long_pipeline.explanation)
-    assert any("less than the usual order" in line for line in long_pipeline.explanation)
+    last = long_pipeline.explanation[-1]
+    assert "less sent than in the usual order" in last
+    assert "data parallel" in last.split(": ")[1]
+    assert last.endswith("less")
 
 
 def test_tensor_parallelism_of_8_crosses_islands_of_4_and_says_so():
@@ -292,6 +295,16 @@ def test_kinds_that_alternate_in_the_cluster_are_sorted_along_the_pipeline():
         assert len({node % 2 for node in nodes}) == 1
 
 
+def test_spans_hold_where_blocks_of_nodes_change_places():
+    machines = cluster(group(4, A100), group(8), group(4, A100), nodes_per_pod=8, inter_pod=SLOW)
+    layout = candidate(tp=4, pp=4, dp=8, shard_degree=2)
+    answer = placed(layout, machines, **USUAL_BYTES)
+    assert answer.devices != tuple(range(128))
+    assert disagreements(answer.devices, answer.spans, layout, level_sizes(machines)) == {}
+    kinds = [kind == 1 for kind in kind_of_rank(layout, machines, answer.devices, (1.0, 2.0, 1.0))]
+    assert sum(a != b for a, b in pairwise(kinds)) == 1
+
+
 def test_where_kinds_must_mix_the_slowest_counts():
     machines, layout = cluster(group(2), group(2, A100)), candidate(tp=8, dp=4)
     answer = placed(layout, machines, **USUAL_BYTES)
@@ -334,6 +347,16 @@ def test_groups_that_overlap_keep_the_usual_order_with_a_bound():
 def test_costs_that_rule_everything_out_are_infeasible():
     answer = place(candidate(tp=8, dp=2), cluster(group(2)), {"tp": lambda span: inf})
     assert (answer.status, answer.cost_us) == (Status.INFEASIBLE, inf)
+
+
+@pytest.mark.parametrize("solver", ["cp-sat", "cbc"])
+def test_without_time_there_is_an_answer_and_a_bound(solver):
+    machines = cluster(*[group(1, device) for device in (H100, A100, H100) * 4])
+    layout, cost_of = candidate(tp=2, pp=4, dp=12, shard_degree=4), traffic(Fabric.of(machines), **USUAL_BYTES)
+    answer = place(layout, machines, cost_of, solver=solver, time_limit_s=1e-6)
+    assert answer.status.has_solution
+    assert sorted(answer.devices) == list(range(96))
+    assert 0 <= answer.lower_bound_us <= answer.cost_us
 
 
 def test_equal_seeds_give_equal_devices():
