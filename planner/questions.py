@@ -1,6 +1,5 @@
 """What was asked, read and checked: the job, the layouts within the pins and the layouts without them."""
 
-import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -109,9 +108,6 @@ class Question:
         on_progress: OnProgress = None,
     ) -> SearchResult:
         """Search the layouts within the pins, on until the `num_best` best are proven."""
-        more: dict[str, Any] = {}
-        if num_best > 1 and "num_best" in inspect.signature(search).parameters:
-            more["num_best"] = num_best
         return search(
             self.job,
             self.space,
@@ -119,8 +115,8 @@ class Question:
             time_limit_s=time_limit_s,
             seed=seed,
             known=known,
+            num_best=num_best,
             on_progress=on_progress,
-            **more,
         )
 
     def search_without_pins(

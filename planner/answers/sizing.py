@@ -31,6 +31,7 @@ PROVEN_UNFIT: tuple[Verdict, ...] = ("no layout divides", "does not fit", "too s
 NUM_IN_TURN = 8  # admissible counts that are tried one after another before doubling
 _PROBE_SHARE = 0.06  # of the time limit, for one node count
 _FINAL_SHARE = 0.3
+_FIRST_FIT_S = 0.1  # without a deadline any layout will do, and a search goes on until it has one
 
 
 class NodeCount(Facts):
@@ -110,7 +111,7 @@ class _Probes:
             return self.tried[num_nodes]
         machines, limit_s = question.job.cluster, self.probe_s
         if self.target_us is None:
-            limit_s = min(limit_s, 0.1)  # the first layout that fits is enough
+            limit_s = min(limit_s, _FIRST_FIT_S)
         try:
             result = question.search(limit_s, seed=self.seed)
         except InfeasibleError as error:
@@ -163,7 +164,7 @@ def smallest_cluster(
         seed=arguments.get("seed", 0),
     )
     try:
-        count = _fewest(probes, least, most)
+        count = _settle(probes, _fewest(probes, least, most))
     except KeyboardInterrupt:
         if not any(tried.verdict in ("fits", "in time") for tried in probes.tried.values()):
             raise
@@ -216,7 +217,7 @@ def _fewest(probes: _Probes, least: int, most: int) -> int | None:
                 last_refused, num_nodes = num_nodes, 2 * num_nodes
         else:
             num_nodes += 1
-    while found is not None and not probes.is_over:
+    while found is not None and not probes.is_over:  # what is doubtful counts as refused here
         between = [n for n in _middle_out(last_refused, found) if probes.divides(n)][:1]
         if not between:
             break
@@ -225,6 +226,19 @@ def _fewest(probes: _Probes, least: int, most: int) -> int | None:
         else:
             last_refused = between[0]
     return found
+
+
+def _settle(probes: _Probes, count: int | None) -> int | None:
+    """Look longer at smaller numbers that nobody could decide on, the nearest first."""
+    doubtful = [n for n, tried in probes.tried.items() if tried.verdict == "undecided" and n < (count or math.inf)]
+    for position, num_nodes in enumerate(sorted(doubtful, reverse=True)):
+        if probes.is_over:
+            break
+        probes.probe_s = (probes.ends - time.monotonic()) / (len(doubtful) - position)
+        del probes.tried[num_nodes]
+        if probes.will_do(num_nodes):
+            count = num_nodes
+    return count
 
 
 def _middle_out(low: int, high: int) -> list[int]:

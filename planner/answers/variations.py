@@ -22,7 +22,7 @@ RATES = ("link", "intra-link", "latency", "memory", "memory-bandwidth", "flops")
 COUNTS = ("batch", "seq-len", "nodes", "devices")
 _EXAMPLES = "link=2x, intra-link=0.5x, memory=0.9x, flops=1.2x, batch=2048, seq-len=16384, nodes=32"
 _DIMENSIONS = (
-    *("tp", "pp", "dp", "cp", "ep", "virtual_stages", "micro_batch_size", "zero_stage", "shard_degree"),
+    *("tp", "pp", "dp", "cp", "ep", "virtual_stages", "micro_batch_size", "zero_stage"),
     *("sequence_parallel", "recompute"),
 )
 AS_ASKED = "as asked"
@@ -263,4 +263,6 @@ def _changed(found: Plan, base: Plan) -> str:
 
 def _changed_layout(layout: Layout, base: Layout) -> list[str]:
     pairs = [(name, getattr(base, name), getattr(layout, name)) for name in _DIMENSIONS]
+    hybrid = [at.shard_degree if at.zero_stage and at.shard_degree < at.dp * at.cp else "all" for at in (base, layout)]
+    pairs.append(("sharded over", *hybrid))
     return [f"{name.replace('_', ' ')} {old} → {new}" for name, old, new in pairs if old != new]

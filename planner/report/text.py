@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 GIB = 2**30
+WIDTH = 100
 SHOWN_RANKS = 16
 
 
@@ -40,12 +41,19 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def grid(title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], *, left: Iterable[str] = ()) -> Group:
-    """A titled table; columns are set flush right but for those named in `left`."""
+def grid(
+    title: str,
+    columns: Iterable[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: Iterable[str] = (),
+    folds: Iterable[str] = (),
+) -> Group:
+    """A titled table; columns are set flush right but for those named in `left`; those in `folds` may break."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    flush_left = set(left)
+    flush_left, may_break = set(left), set(folds)
     for name in columns:
-        table.add_column(name, justify="left" if name in flush_left else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in flush_left else "right", no_wrap=name not in may_break)
     for row in rows:
         table.add_row(*row)
     return Group(Text(f"\n{title}", style="bold"), table)
