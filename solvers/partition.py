@@ -152,24 +152,26 @@ class StagePartition:
 
     def rank_times_us(self, cuts: Sequence[int], choices: Sequence[int] | None = None) -> list[int]:
         """Load of every rank under these S − 1 inner cuts, shape (p,); ValueError unless S non-empty stages."""
+        placed = list(self._placed(cuts, choices))
         tables = {
             (rank, choice): self.layer_times_us(rank, choice)
             for rank in range(self.num_ranks)
             for choice in {0, *(choices or ())}
         }
         totals = [0] * self.num_ranks
-        for stage, layer, choice in self._placed(cuts, choices):
+        for stage, layer, choice in placed:
             rank = self.placement[stage]
             totals[rank] += tables[rank, choice][layer]
         return totals
 
     def rank_bytes(self, cuts: Sequence[int], choices: Sequence[int] | None = None) -> list[int]:
         """Memory of every rank under these cuts, shape (p,)."""
+        placed = list(self._placed(cuts, choices))
         used = {0, *(choices or ())}
         sizes = {(s, choice): self.layer_bytes(s, choice) for s in range(self.num_stages) for choice in used}
         temporaries = {choice: self.layer_temporaries(choice) for choice in used}
         held, largest = [0] * self.num_ranks, [0] * self.num_ranks
-        for stage, layer, choice in self._placed(cuts, choices):
+        for stage, layer, choice in placed:
             rank = self.placement[stage]
             held[rank] += sizes[stage, choice][layer]
             largest[rank] = max(largest[rank], temporaries[choice][layer])

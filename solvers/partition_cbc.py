@@ -15,6 +15,7 @@ _STATUS = {  # (status, sol_status): a run stopped by its limit with an answer i
     (pulp.LpStatusOptimal, pulp.LpSolutionOptimal): Status.OPTIMAL,
     (pulp.LpStatusOptimal, pulp.LpSolutionIntegerFeasible): Status.FEASIBLE,
     (pulp.LpStatusInfeasible, pulp.LpSolutionInfeasible): Status.INFEASIBLE,
+    (pulp.LpStatusInfeasible, pulp.LpSolutionNoSolutionFound): Status.INFEASIBLE,  # CBC's words: "Integer infeasible"
     (pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound): Status.NO_SOLUTION,
 }
 
