@@ -362,18 +362,25 @@ def is_torch_fsdp(row: Row) -> bool:
 
 
 def software_of(row: Row, facts: Row, dtype: Dtype, sequence_parallel: bool, recompute: Recompute) -> Software:
-    """What the framework overlaps.
+    """What the framework overlaps and fuses, by its time.
 
-    fp16 without sequence parallelism or selective recompute is Megatron-LM up to 2021, which overlaps nothing; what
-    came in 2022 with these two hides gradient collectives behind weight gradients. User buffers as the text says.
+    fp16 without sequence parallelism or selective recompute is Megatron-LM of 2020-21, or its DeepSpeed fork: nothing
+    overlapped, gradients added up by a pass of their own. What came with these two in 2022 hides gradient collectives
+    behind weight gradients, and lets the product add up; so does all later Megatron-LM and NeMo.
     """
-    old = is_old_megatron(row, dtype) and not (row.get("sequence_parallel") and row.get("tensor_parallel", 1) > 1)
-    overlap = "none" if old and recompute != "selective" else "gradients"
+    everything = " ".join([*map(str, facts.get("facts", [])), str(facts.get("source")), str(row.get("framework"))])
+    years = [int(year) for year in re.findall(r"\b20[12]\d\b", str(facts.get("source")))]
+    fork = any(word in everything.lower() for word in ("deepspeed", "bigscience"))
+    modern = (row.get("tensor_parallel") or 1) > 1 and sequence_parallel or recompute == "selective"
+    modern = modern or (bool(years) and min(years) >= 2022 and not fork)
+    old = is_old_megatron(row, dtype) and not modern
     return Software(
-        tensor_overlap=overlap,  # type: ignore[arg-type]
+        tensor_overlap="none" if old else "gradients",
+        accumulation="sharded" if is_sharded(row) else "separate" if old else "fused",
         recompute_stops_early=is_torch_fsdp(row),
+        fused_loss=str(row.get("shape")).startswith("mpt"),  # llm-foundry's default loss
         fused=row.get("torch_compile") is not False,
-        blocking_launches="cuda_launch_blocking=1" in " ".join(map(str, facts.get("facts", []))).lower(),
+        blocking_launches="cuda_launch_blocking=1" in everything.lower(),
     )
 
 

@@ -15,10 +15,10 @@ from planner.traffic import BYTES_OF
 from profiles.cluster import DeviceSpec
 from profiles.model import BYTES_PER_ELEMENT
 
-RESERVE_FRACTION = 0.06
+RESERVE_FRACTION = 0.05
 """Share of what the allocator has taken that lies idle between blocks when a process runs out of memory."""
 
-CONTEXT_BYTES = 2_500_000_000
+CONTEXT_BYTES = 2_800_000_000
 """What is taken outside of the allocator: the CUDA context with its kernels, and NCCL's buffers."""
 
 COPIED_GRADIENT_BYTES = 4
@@ -26,10 +26,7 @@ COPIED_GRADIENT_BYTES = 4
 in float32 (Megatron-LM, DeepSpeed). By then activations are gone."""
 
 BUCKET_PARAMETERS = 500_000_000
-"""Parameters whose gradients are reduced at a time, and whose weights are gathered at a time, under ZeRO 1 and 2.
-
-DeepSpeed's default bucket sizes.
-"""
+"""Parameters whose gradients are reduced at a time under ZeRO 1 and 2; DeepSpeed's default."""
 
 
 def capacity_bytes(device: DeviceSpec) -> int:
@@ -121,8 +118,7 @@ def copied_gradient_bytes(num_parameters: int, candidate: Candidate, precision: 
 
 
 def bucket_bytes(num_parameters: int, candidate: Candidate, precision: Precision) -> int:
-    """Gradients on their way to their shards, and weights on their way back."""
+    """Gradients on their way to their shards."""
     if candidate.zero_stage not in (1, 2) or candidate.shard_degree == 1:
         return 0
-    each = BYTES_OF[precision.gradients] + BYTES_PER_ELEMENT[precision.compute]
-    return min(num_parameters, BUCKET_PARAMETERS) * each
+    return min(num_parameters, BUCKET_PARAMETERS) * BYTES_OF[precision.gradients]

@@ -13,6 +13,7 @@ What is sent once per step is linear in a rank's parameters: the floor under a l
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 
 from planner.layout import Candidate
 from planner.plans import Precision
@@ -21,6 +22,12 @@ from profiles.model import BYTES_PER_ELEMENT, LayerProfile
 
 INTERFERENCE = 0.15
 """Share of a collective's time that computing beside it loses: its kernels take multiprocessors and memory bandwidth."""
+
+STEP_US = 12_000.0
+"""What every step takes beside all that is priced: gradient norm and overflow check, learning rate, host, next batch."""
+
+STEP_US_PER_DOUBLING = 2_000.0
+"""What it takes more for every doubling of the devices: the slowest of more is waited for."""
 
 BYTES_OF: dict[str, int] = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 """Bytes of a stored gradient, master weight or moment."""
@@ -99,6 +106,7 @@ def step_traffic(
         fixed = max(fixed, at_zero)
         per = 1e9
         slopes.append((_reduction_us(per, candidate, fabric, shard, replicas, precision) - at_zero) / per)
+    fixed += STEP_US + STEP_US_PER_DOUBLING * log2(candidate.tp * candidate.pp * candidate.dp * candidate.cp)
     share = 1.0 if overlaps else 0.0
     return StepTraffic(fixed, slopes[0], slopes[1], share if candidate.zero_stage in (1, 2) else 0.0, share)
 
@@ -116,6 +124,17 @@ def _reduction_us(
         return between
     once = fabric.gather_us(gradients, shard) if candidate.zero_stage == 1 else 0.0
     return once + fabric.gather_us(weights, shard) + between
+
+
+def boundary_us(num_bytes: float, candidate: Candidate, fabric: Fabric, spans: Spans) -> float:
+    """A boundary tensor from one pipeline rank to the next, in µs.
+
+    Without sequence parallelism every tensor-parallel device holds all of it: each sends its part, and the parts are
+    gathered where they arrive (arXiv 2104.04473, section 4.1).
+    """
+    if candidate.sequence_parallel or candidate.tp == 1:
+        return fabric.pass_on_us(num_bytes, spans.pp)
+    return fabric.pass_on_us(num_bytes / candidate.tp, spans.pp) + fabric.gather_us(num_bytes, spans.tp)
 
 
 def sharded_layers(

@@ -17,11 +17,15 @@ from profiles.cluster import DeviceSpec
 from profiles.collectives import Fabric
 from profiles.model import LayerGroup, LayerKind, LayerProfile, ModelProfile, ModelSpec, Origin, Variant
 
-__all__ = ["AttentionKernel", "Software", "TensorOverlap", "profile_model"]
+__all__ = ["Accumulation", "AttentionKernel", "Software", "TensorOverlap", "profile_model"]
 
 MASTER_BYTES = 4  # AdamW's own copy of a 16-bit weight, and each of its two moments, are fp32
 
 TensorOverlap = Literal["none", "gradients", "all"]
+Accumulation = Literal["separate", "fused", "sharded"]
+ACCUMULATED_BYTES: dict[Accumulation, float] = {"separate": 6.0, "fused": 3.0, "sharded": 0.0}
+"""Memory traffic per parameter in W beside the product: 16-bit gradients read twice and written once; fp32 sums read
+and written, half of it beside multiplying; nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,23 @@ class Software:
     `tensor_overlap`: which tensor-parallel collectives run beside matrix products: "none" (Megatron-LM up to 2021),
     "gradients" (those of B that W does not wait for: Megatron-LM from 2022), or "all" (pipelined with the
     products before and behind them, as Transformer Engine's user buffers).
+    `accumulation`: how a weight gradient joins those of earlier microbatches: by a pass over memory of its own
+    ("separate"), in fp32 by the product that makes it ("fused", Megatron-LM from 2022), or not where it is made
+    ("sharded", FSDP reduces first).
     `recompute_stops_early`: PyTorch's own checkpointing repeats a block only up to the last tensor that its backward
     needs, which leaves out the block's last product; Megatron-LM's repeats all.
     `host_us` is what the host takes to dispatch one operation of this model: a layer of many small kernels cannot
-    run faster. Not `fused`: norms, rotary positions and gated activations run one elementary kernel after the other,
+    run faster. `fused_loss`: cross entropy in one kernel, which keeps 16-bit logits where others keep fp32.
+    Not `fused`: norms, rotary positions and gated activations run one elementary kernel after the other,
     as PyTorch does without a compiler. With `blocking_launches` (CUDA_LAUNCH_BLOCKING=1) the device idles meanwhile.
     """
 
     tensor_overlap: TensorOverlap = "gradients"
+    accumulation: Accumulation = "fused"
     recompute_stops_early: bool = False
     host_us: float = 50.0
     fused: bool = True
+    fused_loss: bool = False
     blocking_launches: bool = False
 
 
@@ -72,7 +82,15 @@ def profile_model(
     if attention not in get_args(AttentionKernel):
         raise ValueError(f"attention {attention!r} is not one of {', '.join(get_args(AttentionKernel))}")
     shards = [
-        Shard(spec, variant, Machine(device, variant.dtype, fabric, fabric.span(variant.tp)), attention, software.fused)
+        Shard(
+            spec,
+            variant,
+            Machine(device, variant.dtype, fabric, fabric.span(variant.tp)),
+            attention,
+            software.fused,
+            software.fused_loss,
+            ACCUMULATED_BYTES[software.accumulation],
+        )
         for variant in dict.fromkeys(variants)
     ]
     if not shards:

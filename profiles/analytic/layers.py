@@ -229,12 +229,13 @@ def head(shard: Shard) -> Layer:
     logits = float(shard.num_tokens * shard.vocabulary)
     # F: cast to fp32, read that and write the log-softmax. B: softmax − one-hot from that, cast back
     moved = logits * (size + 3 * LOGIT_BYTES)
+    kept = size if shard.fused_loss else LOGIT_BYTES
     loss = shard.elementwise(
         "loss",
-        forward=moved,
-        backward=moved,
-        saved=logits * LOGIT_BYTES + shard.num_tokens * INDEX_BYTES,
-        transient=logits * (size + LOGIT_BYTES) + shard.hidden_bytes,
+        forward=logits * size if shard.fused_loss else moved,
+        backward=2 * logits * size if shard.fused_loss else moved,
+        saved=logits * kept + shard.num_tokens * INDEX_BYTES,
+        transient=logits * (size if shard.fused_loss else size + LOGIT_BYTES) + shard.hidden_bytes,
     )
     # over the parts of the vocabulary: maximum, sum of exponentials and the label's logit of every token
     reductions_us = 3 * shard.machine.all_reduce_us(shard.num_tokens * LOGIT_BYTES)

@@ -71,6 +71,8 @@ class Shard:
     machine: Machine
     attention_kernel: AttentionKernel = "flash"
     fused: bool = True
+    fused_loss: bool = False
+    accumulated_bytes: float = 6.0  # per parameter: traffic of adding up weight gradients
 
     def __post_init__(self) -> None:
         spec, tp = self.spec, self.variant.tp
@@ -200,8 +202,10 @@ class Shard:
         )
 
     def accumulate_us(self, num_parameters: float) -> float:
-        """Adding a fresh weight gradient to the accumulated one: two reads and a write."""
-        return self.machine.memory_us(3 * num_parameters * self.element_bytes)
+        """Adding a fresh weight gradient to the accumulated one."""
+        if not self.accumulated_bytes:
+            return 0.0
+        return self.machine.memory_us(num_parameters * self.accumulated_bytes * self.element_bytes / 2)
 
     def elementwise(
         self,
