@@ -65,9 +65,7 @@ class _Search:
 
     def __init__(self, segments: Segments, num_items: int, num_stages: int) -> None:
         self._segments, self._num_items, self._num_stages = segments, num_items, num_stages
-        columns = [
-            [segments.least_us(stage, item, item + 1) for stage in range(num_stages)] for item in range(num_items)
-        ]
+        columns = list(zip(*(segments.singles_us(stage) for stage in range(num_stages)), strict=True))
         held = [[time for time in column if time is not None] for column in columns]
         self.least_single_us = max(min(times, default=0) for times in held)
         # from this deadline on, every stage can hold any one item; None if never

@@ -18,13 +18,16 @@ from solvers.partition_knapsack import Option, StageKnapsack
 
 
 class Segments(Protocol):
-    """One problem, asked about ranges [first, end) of its items."""
+    """One problem, asked about ranges [first, end) of its N items."""
 
     def furthest(self, stage: int, first: int, deadline_us: int) -> int:
         """The furthest end within deadline and memory; `first` if not even one item fits."""
 
     def least_us(self, stage: int, first: int, end: int) -> int | None:
         """The least time within memory; None if the items fit under no choices."""
+
+    def singles_us(self, stage: int) -> Sequence[int | None]:
+        """The least time of every item alone, shape (N,); None where it does not fit."""
 
     def choices(self, bounds: Sequence[int]) -> tuple[int, ...]:
         """The choice of every layer, shape (L,), that takes the least time on each stage of these S + 1 item bounds."""
@@ -62,6 +65,14 @@ class StageSegments:
         """As `Segments`."""
         times = [times[end] - times[first] for times, reaches in self._times[stage] if reaches[first] >= end]
         return min(times, default=None)
+
+    def singles_us(self, stage: int) -> Sequence[int | None]:
+        """As `Segments`."""
+        items = range(len(self._problem.items))
+        if len(self._times[stage]) > 1:
+            return [self.least_us(stage, item, item + 1) for item in items]
+        times, reaches = self._times[stage][0]
+        return [times[item + 1] - times[item] if reaches[item] > item else None for item in items]
 
     def choices(self, bounds: Sequence[int]) -> tuple[int, ...]:
         """As `Segments`; of equal times the first choice."""
@@ -123,6 +134,10 @@ class LayerSegments:
         """As `Segments`."""
         found = self._stages[stage].least(tuple(map(sub, self._counts[end], self._counts[first])))
         return None if found is None else found[0]
+
+    def singles_us(self, stage: int) -> Sequence[int | None]:
+        """As `Segments`."""
+        return [self.least_us(stage, item, item + 1) for item in range(len(self._counts) - 1)]
 
     def choices(self, bounds: Sequence[int]) -> tuple[int, ...]:
         """As `Segments`."""
