@@ -366,7 +366,8 @@ def software_of(row: Row, facts: Row, dtype: Dtype, sequence_parallel: bool, rec
 
     fp16 without sequence parallelism or selective recompute is Megatron-LM of 2020-21, or its DeepSpeed fork: nothing
     overlapped, gradients added up by a pass of their own. What came with these two in 2022 hides gradient collectives
-    behind weight gradients, and lets the product add up; so does all later Megatron-LM and NeMo.
+    behind weight gradients, and lets the product add up; so does all later Megatron-LM and NeMo. Collectives are
+    pipelined with products (user buffers) for the models of which a file says so.
     """
     everything = " ".join([*map(str, facts.get("facts", [])), str(facts.get("source")), str(row.get("framework"))])
     years = [int(year) for year in re.findall(r"\b20[12]\d\b", str(facts.get("source")))]
@@ -374,8 +375,13 @@ def software_of(row: Row, facts: Row, dtype: Dtype, sequence_parallel: bool, rec
     modern = (row.get("tensor_parallel") or 1) > 1 and sequence_parallel or recompute == "selective"
     modern = modern or (bool(years) and min(years) >= 2022 and not fork)
     old = is_old_megatron(row, dtype) and not modern
+    pipelined = not old and any(
+        "tensor-parallel communication overlap" in part and str(row.get("model", "")).split(" ")[0].lower() in part
+        for fact in facts.get("facts", [])
+        for part in str(fact).lower().split(";")
+    )
     return Software(
-        tensor_overlap="none" if old else "gradients",
+        tensor_overlap="none" if old else "all" if pipelined else "gradients",
         accumulation="sharded" if is_sharded(row) else "separate" if old else "fused",
         recompute_stops_early=is_torch_fsdp(row),
         fused_loss=str(row.get("shape")).startswith("mpt"),  # llm-foundry's default loss
@@ -406,7 +412,7 @@ def precision_of(row: Row, dtype: Dtype, facts: Row, filled: list[str]) -> Preci
     return Precision(compute=dtype)
 
 
-OMNI_PATH_EFFICIENCY = 0.4  # all-reduce over Omni-Path at Jean Zay: 23 to 55 Gb/s of 400 by algorithm bandwidth
+OMNI_PATH_EFFICIENCY = 0.27  # all-reduce over Omni-Path at Jean Zay: 23 to 55 Gb/s of 400 by algorithm bandwidth
 ISLAND_LINK = 31e9
 
 NETWORK = (

@@ -20,13 +20,13 @@ from planner.plans import Precision
 from profiles.collectives import Fabric, Span
 from profiles.model import BYTES_PER_ELEMENT, LayerProfile
 
-INTERFERENCE = 0.15
+INTERFERENCE = 0.11
 """Share of a collective's time that computing beside it loses: its kernels take multiprocessors and memory bandwidth."""
 
-STEP_US = 12_000.0
+STEP_US = 3_000.0
 """What every step takes beside all that is priced: gradient norm and overflow check, learning rate, host, next batch."""
 
-STEP_US_PER_DOUBLING = 2_000.0
+STEP_US_PER_DOUBLING = 3_000.0
 """What it takes more for every doubling of the devices: the slowest of more is waited for."""
 
 BYTES_OF: dict[str, int] = {"float8": 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}

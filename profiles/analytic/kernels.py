@@ -13,7 +13,7 @@ from profiles.collectives import Fabric, Span
 from profiles.errors import ProfileError
 from profiles.model import BYTES_PER_ELEMENT, Dtype
 
-TILES = ((256, 128, 1.0), (128, 128, 0.94), (128, 64, 0.8), (64, 64, 0.6))
+TILES = ((256, 128, 1.0), (128, 128, 0.98), (128, 64, 0.65), (64, 64, 0.45))
 """Tiles a matrix product may be cut into: rows, columns, and the share of a multiprocessor's rate that one reaches.
 
 A tile of r × c needs r + c words of its factors per r · c products, so smaller ones wait for shared memory more.
@@ -46,19 +46,19 @@ FlashAttention-3 on H100 (arXiv 2407.08608, figure 5, no mask, 16k tokens) reach
 128 and 756 with heads of 256: a ratio of 1.17, which 48 reproduces within 1 %.
 """
 
-FLASH_1_SHARE = 0.32
+FLASH_1_SHARE = 0.36
 """Share of the peak that the first FlashAttention reached, whatever the head size.
 
 Fitted on the A100 runs of llm-foundry with 16k to 64k tokens; arXiv 2307.08691, section 1, says 25 to 40 %.
 """
 
-FLASH_BACKWARD_SHARE = 0.8
+FLASH_BACKWARD_SHARE = 0.73
 """What the backward of flash attention reaches of the rate of its forward.
 
 Arithmetic mean of FlashAttention-2 on A100 (arXiv 2307.08691, figures 5 and 6) and FlashAttention-3 on H100.
 """
 
-FLASH_2_SHARE = 0.62
+FLASH_2_SHARE = 0.6
 """What FlashAttention-2 reaches on Hopper and Blackwell of what kernels written for them do.
 
 It uses the older matrix instructions; about 350 to 400 TFLOP/s on H100 (arXiv 2407.08608, section 1: 35 % of peak).
