@@ -262,7 +262,13 @@ def _changed(found: Plan, base: Plan) -> str:
 
 
 def _changed_layout(layout: Layout, base: Layout) -> list[str]:
-    pairs = [(name, getattr(base, name), getattr(layout, name)) for name in _DIMENSIONS]
-    hybrid = [at.shard_degree if at.zero_stage and at.shard_degree < at.dp * at.cp else "all" for at in (base, layout)]
-    pairs.append(("sharded over", *hybrid))
-    return [f"{name.replace('_', ' ')} {old} → {new}" for name, old, new in pairs if old != new]
+    pairs: list[tuple[str, object, object]] = [
+        (name.replace("_", " "), getattr(base, name), getattr(layout, name)) for name in _DIMENSIONS
+    ]
+    pairs.append(("sharded over", _sharded_over(base), _sharded_over(layout)))
+    return [f"{name} {old} → {new}" for name, old, new in pairs if old != new]
+
+
+def _sharded_over(layout: Layout) -> str:
+    is_hybrid = layout.zero_stage > 0 and layout.shard_degree < layout.dp * layout.cp
+    return str(layout.shard_degree) if is_hybrid else "all"

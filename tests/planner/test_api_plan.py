@@ -12,6 +12,7 @@ from planner.errors import InfeasibleError, LayoutError, PlanError, ScheduleErro
 from planner.verify import verify
 from profiles.analytic import profile_model
 from profiles.catalog import load_cluster, model
+from profiles.collectives import Fabric
 from profiles.errors import CatalogError, FileError, ProfileError
 from profiles.model import Variant
 
@@ -43,8 +44,29 @@ def test_a_saved_plan_loads_as_itself_and_validates(llama, tmp_path):
 
 def test_its_table_names_what_people_look_for(llama):
     text = str(llama)
-    for word in ("layout", "schedule", "step time", "MFU", "gap", "usable", "Assumed"):
+    for word in (
+        "layout",
+        "recompute",
+        "schedule",
+        "step time",
+        "MFU",
+        "HFU",
+        "gap",
+        "usable",
+        "bubble",
+        "Certificate",
+    ):
         assert word in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_parts_of_the_step_add_up(llama):
+    guess, parts = llama.prediction, llama.prediction.parts
+    assert parts.total_us == pytest.approx(guess.step_time_us, rel=1e-12)
+    assert parts.bubble_us == pytest.approx(guess.bubble_rate_makespan * guess.pipeline_us)
+    assert parts.optimizer_us == guess.optimizer_us
+    for other in llama.alternatives:
+        assert other.parts.total_us == pytest.approx(other.step_time_us, rel=1e-12)
 
 
 def test_the_schema_describes_the_saved_file(llama):
@@ -87,7 +109,11 @@ def test_recomputation_is_chosen_where_nothing_else_fits():
         family="1f1b",
         time_limit_s=20,
     )
-    assert found.layout.recompute == "full"
+    assert found.layout.recompute == "mixed"
+    assert set(found.layout.recompute_of_layer) > {"none"}
+    assert found.prediction.parts.recompute_us > 0
+    assert found.prediction.hfu > found.prediction.mfu
+    assert re.search(r"recompute +(stages? [0-9–]+|every stage|one stage): [0-9]+ (in full|selectively)", str(found))
     assert found.certificate.refused["does not fit in memory"] + found.certificate.num_overflowing > 0
 
 
@@ -98,8 +124,8 @@ def test_a_model_that_fits_nowhere_says_what_it_needs():
 
 
 def test_a_pinned_layout_that_does_not_fit_says_which():
-    with pytest.raises(InfeasibleError, match=r"tp=1 pp=1 dp=8.*needs .* GiB"):
-        plan("llama-3.1-70b", "1x8xh100-sxm", global_batch_size=8, tp=1, pp=1)
+    with pytest.raises(InfeasibleError, match=r"tp=1 pp=1 dp=8 .*needs .* GiB"):
+        plan("llama-3.1-70b", "1x8xh100-sxm", global_batch_size=8, tp=1, pp=1, dp=8)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +135,7 @@ def test_a_pinned_layout_that_does_not_fit_says_which():
         ({"global_batch_size": 8, "sequence_length": 0}, "sequence length 0: give 1 to 100000000 tokens"),
         ({"global_batch_size": 8, "time_limit_s": 0}, "time limit 0: give a finite number of seconds above 0"),
         ({"global_batch_size": 8, "tp": 3}, "tp=3 does not divide num_heads=32"),
-        ({"global_batch_size": 8, "dtype": "int8"}, "dtype 'int8' is not known; choose one of bfloat16"),
+        ({"global_batch_size": 8, "dtype": "int8"}, "dtype 'int8' is not known; choose one of float8, bfloat16"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, message):
@@ -126,7 +152,7 @@ def profile_of(name, sizes=(1, 2)):
     cluster = load_cluster("1x2xa100-80gb")
     group = cluster.groups[0]
     variants = [Variant(micro_batch_size=b, sequence_length=1024, dtype="bfloat16") for b in sizes]
-    return profile_model(model(name), group.device, variants, tp_link=group.intra_node)
+    return profile_model(model(name), group.device, variants, fabric=Fabric.of(cluster))
 
 
 def test_a_profile_file_is_planned_like_a_model_and_only_at_what_it_holds(tmp_path):
@@ -134,7 +160,8 @@ def test_a_profile_file_is_planned_like_a_model_and_only_at_what_it_holds(tmp_pa
     found = plan(tmp_path / "profile.json", "1x2xa100-80gb", global_batch_size=8, pp=2, family="1f1b")
     assert found.family == "1f1b"
     assert found.layout.micro_batch_size in (1, 2)
-    assert found.certificate.refused["not profiled"] > 0
+    anywhere = plan(tmp_path / "profile.json", "1x2xa100-80gb", global_batch_size=8, family="1f1b")
+    assert anywhere.certificate.refused["not profiled"] > 0
     with pytest.raises(ProfileError, match=r"holds sequence lengths \[1024\] in bfloat16, not 512"):
         plan(tmp_path / "profile.json", "1x2xa100-80gb", global_batch_size=8, sequence_length=512)
 
@@ -167,6 +194,76 @@ def test_pins_that_contradict_each_other_are_bad_input(pins, message):
     with pytest.raises(LayoutError, match=re.escape(message)) as caught:
         plan("gpt2", "1x4xa100-40gb", global_batch_size=8, **pins)
     assert caught.value.exit_code == 2
+
+
+def test_pins_may_be_several_values_or_exclusions():
+    def best(**pins):
+        return plan(
+            "llama-3.2-1b",
+            "1x4xa100-40gb",
+            global_batch_size=32,
+            sequence_length=2048,
+            time_limit_s=5,
+            family="1f1b",
+            **pins,
+        )
+
+    either = best(tp=(2, 4), zero_stage=(2, 3))
+    assert either.layout.tp in (2, 4)
+    assert either.layout.zero_stage in (2, 3) or either.layout.dp * either.layout.cp == 1
+    alone = [best(tp=tp, zero_stage=(2, 3)).prediction.step_time_us for tp in (2, 4)]
+    assert either.prediction.step_time_us == pytest.approx(min(alone))
+    without = best(excluded=(("tp", either.layout.tp), ("pp", 1)))
+    assert without.layout.tp != either.layout.tp
+    assert without.layout.pp > 1
+    assert without.alternatives[0].label == "without pins"
+
+
+@pytest.mark.parametrize(
+    ("pins", "holds"),
+    [
+        ({"cp": 2}, lambda layout: layout.cp == 2),
+        ({"tp": 2, "dp": 2, "zero_stage": 3, "shard_degree": 2}, lambda layout: layout.zero_stage == 3),
+        ({"tp": 2, "sequence_parallel": False}, lambda layout: not layout.sequence_parallel),
+        ({"recompute": "selective"}, lambda layout: layout.recompute == "selective"),
+        ({"recompute": ("full", "selective")}, lambda layout: layout.recompute in ("full", "selective")),
+        ({"excluded": (("recompute", "none"),)}, lambda layout: layout.recompute in ("full", "selective")),
+    ],
+)
+def test_every_pin_holds_and_the_plan_verifies(pins, holds):
+    found = plan(
+        "llama-3.2-1b",
+        "1x4xa100-40gb",
+        global_batch_size=32,
+        sequence_length=4096,
+        time_limit_s=2,
+        family="1f1b",
+        **pins,
+    )
+    assert holds(found.layout)
+    verify(found)
+    assert found.prediction.parts.total_us == pytest.approx(found.prediction.step_time_us, rel=1e-12)
+
+
+def test_what_is_kept_in_which_dtype_shows_in_memory():
+    pins = {"tp": 4, "micro_batch_size": 1, "family": "1f1b", "sequence_length": 2048}
+
+    def made(**dtypes):
+        return plan("llama-3.2-1b", "1x4xa100-40gb", global_batch_size=32, **pins, **dtypes)
+
+    usual = made()
+    lean = made(gradient_dtype="bfloat16", master_weight_dtype="none", optimizer_dtype="bfloat16")
+    assert usual.precision.master_weights == "float32"
+    assert lean.precision.model_dump() == {
+        "compute": "bfloat16",
+        "gradients": "bfloat16",
+        "master_weights": None,
+        "optimizer": "bfloat16",
+    }
+    weights = usual.prediction.memory[0].weight_bytes
+    assert lean.prediction.memory[0].weight_bytes == weights
+    assert lean.prediction.memory[0].gradient_bytes == usual.prediction.memory[0].gradient_bytes // 2 == weights
+    assert lean.prediction.memory[0].optimizer_bytes == usual.prediction.memory[0].optimizer_bytes // 3 == 2 * weights
 
 
 def test_a_tiny_time_limit_still_finds_a_plan():
@@ -278,7 +375,8 @@ def test_a_rank_over_its_memory_is_refused(llama):
 
 
 def test_a_schedule_that_is_not_its_familys_is_refused(llama):
+    plain = plan("gpt2-xl", "1x4xa100-40gb", global_batch_size=32, pp=4, family="1f1b", virtual_stages=1)
     with pytest.raises(PlanError, match="is not what family 'gpipe' generates for this layout"):
-        verify(llama.model_copy(update={"family": "gpipe"}))
+        verify(plain.model_copy(update={"family": "gpipe"}))
     with pytest.raises(PlanError, match=r"plan\.family 'nonsense' is none of naive, gpipe, 1f1b"):
         verify(llama.model_copy(update={"family": "nonsense"}))
