@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
-from published_rows import CannotPrice, Row, Run, run_of
-from planner.errors import LayoutError
+from published_fields import Row, UnpricedError, stated
+from published_rows import Run, run_of
+
+from planner.layout import Candidate
 from planner.memory import observed_bytes
 from planner.pricing import Job, PricedLayout, Pricer
 from planner.schedule.families import FAMILIES
+from planner.traffic import boundary_us
 from profiles.analytic import profile_model
 from profiles.collectives import Fabric
-from profiles.errors import ProfileError
+from profiles.errors import PipewrightError
 from profiles.model import ModelProfile, Variant
 
 GIB = 2**30
@@ -34,7 +37,7 @@ class Predicted:
         return self.priced.fits
 
     def memory_gb(self, kind: str) -> float:
-        """Peak memory of the kind that the row prints: in GB unless it says GiB, as seen by the allocator or from outside.
+        """Peak memory of the kind that the row prints: in GB unless it says GiB, by the allocator or from outside.
 
         What nvidia-smi showed was read on the nodes of the first pipeline rank.
         """
@@ -45,12 +48,29 @@ class Predicted:
 
 
 def predict(row: Row, facts: Row, shapes: dict[str, Row]) -> Predicted:
-    """Price one row; CannotPrice says why not."""
-    run = run_of(row, facts, shapes)
+    """Price one row; UnpricedError says why not. Where recomputation is not stated, the least that fits."""
     try:
-        return Predicted(run, price(run))
-    except (ProfileError, LayoutError, ValueError) as error:
-        raise CannotPrice(str(error)) from error
+        first = _predicted(run_of(row, facts, shapes))
+        if stated(row, "recompute") is not None or first.fits:
+            return first
+        for recompute in ("selective", "full"):
+            again = _predicted(run_of(row, facts, shapes, recompute))
+            if again.fits:
+                return again
+        return first
+    except (PipewrightError, ValueError) as error:
+        raise UnpricedError(str(error)) from error
+
+
+def _predicted(run: Run) -> Predicted:
+    return Predicted(run, price(run))
+
+
+class _Pricer(Pricer):
+    """Sends boundary tensors as Megatron-LM does."""
+
+    def transfer_us(self, candidate: Candidate, num_bytes: int) -> float:
+        return boundary_us(num_bytes, candidate, self.fabric, self.spans(candidate))
 
 
 def price(run: Run) -> PricedLayout:
@@ -61,7 +81,7 @@ def price(run: Run) -> PricedLayout:
     variants = candidate.variants(run.sequence_length, run.precision.compute)
     profile = _profile(run, variants)
     job = Job((profile,), run.cluster, run.global_batch, run.sequence_length, run.precision, run.overlaps)
-    pricer, family = Pricer(job), FAMILIES[run.family]
+    pricer, family = _Pricer(job), FAMILIES[run.family]
     if not mixed:
         return pricer.price_fixed(candidate, run.layers_per_stage, family)
     names = pricer.options(candidate).choices
@@ -76,6 +96,4 @@ def price(run: Run) -> PricedLayout:
 def _profile(run: Run, variants: tuple[Variant, ...]) -> ModelProfile:
     fabric = Fabric.of(run.cluster)
     device = run.cluster.groups[0].device
-    return profile_model(
-        run.spec, device, variants, fabric=fabric, attention=run.attention, software=run.software
-    )
+    return profile_model(run.spec, device, variants, fabric=fabric, attention=run.attention, software=run.software)
