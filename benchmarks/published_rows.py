@@ -48,6 +48,12 @@ class Run:
     partial_recompute: float = 1.0  # share of blocks that are recomputed
     filled: list[str] = field(default_factory=list)
 
+    @property
+    def num_devices(self) -> int:
+        """Devices of the run."""
+        c = self.candidate
+        return c.tp * c.pp * c.dp * c.cp
+
 
 def run_of(row: Row, facts: Row, shapes: dict[str, Row], unstated: Recompute = "none") -> Run:
     """The run that `row` of a file with these `facts` describes; `unstated` is what it recomputes if it does not say.
