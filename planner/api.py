@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from planner.assembly import NUM_ALTERNATIVES, assemble, next_best, runners_up
-from planner.errors import LayoutError, PlanError, ScheduleError
+from planner.errors import InfeasibleError, LayoutError, PlanError, ScheduleError
 from planner.layout import Degrees
 from planner.plans import WITHOUT_PINS, Plan, Precision, RecomputePlan
 from planner.pricing import PricedLayout
-from planner.questions import OnProgress, Question, ask, check_time_limit
+from planner.questions import OnProgress, PlanArguments, Question, ask, check_time_limit
 from planner.search import SearchResult
 from planner.verify import verify
 from profiles.catalog import load_model_spec
@@ -20,6 +20,8 @@ from profiles.model import Dtype, ModelProfile, ModelSpec, Recompute
 DEFAULT_TIME_LIMIT_S = 30.0
 MAX_TOP = 1000
 MAX_MICRO_BATCH = 10**5
+_MENDING_SHARE = 0.2  # of the time limit more, to find the nearest change where nothing fits
+_LEAST_MENDING_S = 2.0
 _PINNED_SHARE = 0.6  # of the time limit; the rest goes to the space without pins
 
 
@@ -67,37 +69,44 @@ def plan(
 
     Raises CatalogError, FileError, LayoutError or ProfileError for bad input, and InfeasibleError when no layout fits.
     """
-    question = ask(
-        model,
-        cluster,
-        {
-            "global_batch_size": global_batch_size,
-            "sequence_length": sequence_length,
-            "dtype": dtype,
-            "precision": precision,
-            "gradient_dtype": gradient_dtype,
-            "master_weight_dtype": master_weight_dtype,
-            "optimizer_dtype": optimizer_dtype,
-            "tp": tp,
-            "pp": pp,
-            "dp": dp,
-            "cp": cp,
-            "ep": ep,
-            "virtual_stages": virtual_stages,
-            "micro_batch_size": micro_batch_size,
-            "zero_stage": zero_stage,
-            "shard_degree": shard_degree,
-            "recompute": recompute,
-            "sequence_parallel": sequence_parallel,
-            "family": family,
-            "excluded": excluded,
-            "overlap": overlap,
-        },
-    )
+    arguments: PlanArguments = {
+        "global_batch_size": global_batch_size,
+        "sequence_length": sequence_length,
+        "dtype": dtype,
+        "precision": precision,
+        "gradient_dtype": gradient_dtype,
+        "master_weight_dtype": master_weight_dtype,
+        "optimizer_dtype": optimizer_dtype,
+        "tp": tp,
+        "pp": pp,
+        "dp": dp,
+        "cp": cp,
+        "ep": ep,
+        "virtual_stages": virtual_stages,
+        "micro_batch_size": micro_batch_size,
+        "zero_stage": zero_stage,
+        "shard_degree": shard_degree,
+        "recompute": recompute,
+        "sequence_parallel": sequence_parallel,
+        "family": family,
+        "excluded": excluded,
+        "overlap": overlap,
+    }
     check_time_limit(time_limit_s)
     if not 0 <= top <= MAX_TOP:
         raise LayoutError(f"top {top}: give 0 to {MAX_TOP} layouts")
-    return solve(question, top=top, time_limit_s=time_limit_s, seed=seed, command=command, on_progress=on_progress)
+    question = ask(model, cluster, arguments)
+    try:
+        return solve(question, top=top, time_limit_s=time_limit_s, seed=seed, command=command, on_progress=on_progress)
+    except InfeasibleError as error:
+        from planner.answers.mending import nearest_change  # which plans, too
+
+        limit_s = max(_LEAST_MENDING_S, _MENDING_SHARE * time_limit_s)
+        known = model if isinstance(model, ModelProfile) else question.dims.spec
+        change = nearest_change(known, question.job.cluster, arguments, limit_s)
+        if change is None:
+            raise
+        raise InfeasibleError(f"{error}. Nearest change that fits: {change}") from None
 
 
 def solve(

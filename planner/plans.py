@@ -162,6 +162,7 @@ class TimeParts(Facts):
     weight_traffic_us: Microseconds  # gathering weights and scattering gradients under ZeRO 2 and 3, beyond the compute
     bubble_us: Microseconds  # when the busiest rank waits, transfers between stages included
     exposed_data_parallel_us: Microseconds
+    overhead_us: Microseconds  # what every step takes besides (`planner.traffic`)
     optimizer_us: Microseconds
 
     @property
@@ -180,7 +181,7 @@ class Prediction(Facts):
 
     step_time_us: Microseconds
     pipeline_us: Microseconds  # makespan of the schedule, transfers included
-    exposed_data_parallel_us: Microseconds
+    exposed_data_parallel_us: Microseconds  # with what every step takes besides
     optimizer_us: Microseconds
     bubble_rate_span: NonNegative
     bubble_rate_makespan: NonNegative

@@ -8,11 +8,12 @@ tensor-parallel devices, and without recomputation. What then remains is compute
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from math import log2
 
 from planner.plans import TimeParts
 from planner.pricing import PricedLayout, Pricer
 from planner.schedule.actions import Kind
-from planner.traffic import sharded_layers
+from planner.traffic import STEP_US, STEP_US_PER_DOUBLING, sharded_layers
 from profiles.analytic import profile_model
 from profiles.cluster import DeviceSpec, Link
 from profiles.collectives import Fabric
@@ -31,6 +32,9 @@ def step_parts(pricer: Pricer, priced: PricedLayout) -> TimeParts:
     if compute_us < 0:  # only where profiles disagree with themselves
         weights_us = experts_us = context_us = tensor_us = recompute_us = 0.0
         compute_us = busy_us
+    c = priced.candidate
+    overhead_us = STEP_US + STEP_US_PER_DOUBLING * log2(c.tp * c.pp * c.dp * c.cp)
+    overhead_us = min(overhead_us, max(0.0, priced.data_parallel_us))
     return TimeParts(
         compute_us=compute_us,
         recompute_us=recompute_us,
@@ -39,7 +43,8 @@ def step_parts(pricer: Pricer, priced: PricedLayout) -> TimeParts:
         expert_parallel_us=experts_us,
         weight_traffic_us=weights_us,
         bubble_us=timeline.makespan_us - busy_us,
-        exposed_data_parallel_us=max(0.0, priced.data_parallel_us),
+        exposed_data_parallel_us=max(0.0, priced.data_parallel_us - overhead_us),
+        overhead_us=overhead_us,
         optimizer_us=priced.optimizer_us,
     )
 

@@ -147,22 +147,8 @@ def smallest_cluster(
     limit_s = arguments.get("time_limit_s", DEFAULT_TIME_LIMIT_S)
     check_time_limit(limit_s)
     started = time.monotonic()
-    spec = known if isinstance(known, ModelSpec) else known.model
-    node = with_nodes(machines, 1)
-    precision = read_precision(known, node, arguments)
-    tokens_per_step = arguments["global_batch_size"] * _sequence_length(known, arguments)
-    target_us = _target_us(tokens_per_step, tokens, deadline_days)
-    least, reason = _least_nodes(spec, node, precision, tokens_per_step, target_us)
+    probes, least, reason = _start(known, machines, arguments, tokens, deadline_days, limit_s, started)
     most = max_nodes or MAX_DEVICES // machines.groups[0].devices_per_node
-    probes = _Probes(
-        known,
-        machines,
-        arguments,
-        target_us,
-        ends=started + limit_s * (1 - _FINAL_SHARE),
-        probe_s=limit_s * _PROBE_SHARE,
-        seed=arguments.get("seed", 0),
-    )
     try:
         count = _settle(probes, _fewest(probes, least, most))
     except KeyboardInterrupt:
@@ -196,6 +182,39 @@ def smallest_cluster(
         proven=all(n in probes.tried and probes.tried[n].verdict in PROVEN_UNFIT for n in smaller),
         interrupted=probes.interrupted,
     )
+
+
+def least_nodes(known: ModelSpec | ModelProfile, machines: Cluster, arguments: PlanArguments) -> int:
+    """Fewer nodes cannot hold the model states, however they are sharded."""
+    return _start(known, machines, arguments, None, None, 1.0, 0.0)[1]
+
+
+def _start(
+    known: ModelSpec | ModelProfile,
+    machines: Cluster,
+    arguments: PlanArguments,
+    tokens: int | None,
+    deadline_days: float | None,
+    limit_s: float,
+    started: float,
+) -> tuple[_Probes, int, str]:
+    """Nothing tried yet, the least number of nodes that may do, and why."""
+    spec = known if isinstance(known, ModelSpec) else known.model
+    node = with_nodes(machines, 1)
+    precision = read_precision(known, node, arguments)
+    tokens_per_step = arguments["global_batch_size"] * _sequence_length(known, arguments)
+    target_us = _target_us(tokens_per_step, tokens, deadline_days)
+    least, reason = _least_nodes(spec, node, precision, tokens_per_step, target_us)
+    probes = _Probes(
+        known,
+        machines,
+        arguments,
+        target_us,
+        ends=started + limit_s * (1 - _FINAL_SHARE),
+        probe_s=limit_s * _PROBE_SHARE,
+        seed=arguments.get("seed", 0),
+    )
+    return probes, least, reason
 
 
 def _fewest(probes: _Probes, least: int, most: int) -> int | None:

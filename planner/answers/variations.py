@@ -8,10 +8,10 @@ from typing import Any, Self, TypeVar, Unpack
 from pydantic import ValidationError
 
 from planner.answers.readings import difference_words, part_differences
-from planner.api import DEFAULT_TIME_LIMIT_S, plan
+from planner.api import DEFAULT_TIME_LIMIT_S, plan, solve
 from planner.errors import LayoutError
 from planner.plans import Layout, Plan, TimeParts
-from planner.questions import PlanArguments, check_time_limit, load_model, within
+from planner.questions import PlanArguments, ask, check_time_limit, load_model, within
 from profiles.catalog import load_cluster
 from profiles.cluster import Cluster, Link, NodeGroup
 from profiles.errors import PipewrightError
@@ -120,7 +120,14 @@ def what_if(
         if interrupted:
             break
         try:
-            found = plan(known, their_machines, **within(their_arguments, limit_s))
+            found = solve(
+                ask(known, their_machines, their_arguments),
+                top=0,
+                time_limit_s=limit_s,
+                seed=arguments.get("seed", 0),
+                command=arguments.get("command", ""),
+                on_progress=arguments.get("on_progress"),
+            )
         except KeyboardInterrupt:
             interrupted = True
         except PipewrightError as error:

@@ -129,6 +129,20 @@ def test_a_pinned_layout_that_does_not_fit_says_which():
 
 
 @pytest.mark.parametrize(
+    ("model_name", "cluster", "arguments", "change"),
+    [
+        ("llama-3.1-8b", "1x8xh100-sxm", {"zero_stage": 0, "dp": 8}, r"without the pin zero_stage=0, dp=8 .* takes"),
+        ("llama-3.1-8b", "1x8xa100-40gb", {"dp": 8, "zero_stage": 0, "tp": 1}, r"without the pins? .* takes"),
+        ("llama-3.1-70b", "1x8xh100-sxm", {}, r"on [2-8] nodes, .* takes [0-9.]+ of 7[0-9.]+ GiB"),
+    ],
+)
+def test_a_request_that_nothing_fits_names_the_nearest_change_that_does(model_name, cluster, arguments, change):
+    asked = {"global_batch_size": 8, "sequence_length": 4096, "time_limit_s": 5}
+    with pytest.raises(InfeasibleError, match=f"Nearest change that fits: {change}"):
+        plan(model_name, cluster, **asked, **arguments)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"global_batch_size": 0}, "global batch size 0: give 1 to 100000000 sequences"),

@@ -1,6 +1,7 @@
 """The command line as a user meets it: answers on stdout, one message on stderr, exit codes, nothing half-written."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,73 @@ def test_plan_json_is_the_plan():
     assert json.loads(result.stdout)["schema"] == "pipewright.plan/1"
 
 
+SMALL = ("llama-3.2-1b", "--cluster", "1x8xa100-80gb", "--global-batch-size", 64, "--seq-len", 2048)
+
+
+def test_every_answer_can_be_asked_for_at_once():
+    asked = ("--tp", "4,8", "--pp", "not:1", "--recompute", "not:none", "--top", 3, "--tokens", "1T")
+    changes = ("--what-if", "flops=2x", "--what-if", "memory=0.001x")
+    arguments = ("plan", *SMALL, *asked, *changes, "--time-limit", 6)
+    shown = pipewright(*arguments)
+    assert shown.returncode == 0, shown.stderr
+    for words in (
+        "Where the step goes",
+        "The best 3 layouts",
+        "What separates them",
+        "and without",
+        "Token budget",
+        "What if",
+        "no layout of 'llama-3.2-1b' found that fits",
+        "Certificate",
+        "Made from",
+    ):
+        assert words in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+    answers = json.loads(pipewright(*arguments, "--json").stdout)
+    assert set(answers) == {"plan", "comparison", "top", "budget", "what_if"}
+    layout = answers["plan"]["layout"]
+    assert layout["tp"] in (4, 8)
+    assert layout["pp"] > 1
+    assert layout["recompute"] in ("selective", "full")
+    assert len(answers["top"]["rows"]) == 3
+    assert answers["budget"]["tokens"] == 10**12
+    assert [outcome["change"] for outcome in answers["what_if"]["changes"]] == ["flops=2x", "memory=0.001x"]
+    parts = answers["comparison"]["parts"]
+    assert sum(part["difference_us"] for part in parts) == pytest.approx(answers["comparison"]["difference_us"])
+
+
+def test_pins_of_every_kind_reach_the_plan():
+    pins = ("--tp", 2, "--cp", 2, "--dp", 2, "--zero", 3, "--shard-degree", 2, "--no-sequence-parallel")
+    dtypes = ("--dtype", "float16", "--gradient-dtype", "bfloat16", "--master-weight-dtype", "none")
+    more = ("--optimizer-dtype", "bfloat16", "--no-overlap", "--family", "1f1b,zb-h1", "--recompute", "full,none")
+    result = pipewright("plan", *SMALL, *pins, *dtypes, *more, "--time-limit", 3, "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    wanted = {"tp": 2, "cp": 2, "dp": 2, "pp": 1, "zero_stage": 3, "shard_degree": 2, "sequence_parallel": False}
+    assert {name: plan["layout"][name] for name in wanted} == wanted
+    assert plan["layout"]["recompute"] in ("full", "none")
+    assert plan["family"] in ("1f1b", "zb-h1")
+    assert plan["precision"] == {
+        "compute": "float16",
+        "gradients": "bfloat16",
+        "master_weights": None,
+        "optimizer": "bfloat16",
+    }
+    assert "data-parallel traffic is not overlapped;" in plan["provenance"]["assumptions"]
+
+
+def test_the_smallest_cluster_is_answered_with_its_plan(tmp_path):
+    arguments = ("plan", "llama-2-7b", "--cluster", "8x2xa100-40gb", "--global-batch-size", 64, "--seq-len", 2048)
+    found = pipewright(*arguments, "--smallest", "--time-limit", 5, "-o", tmp_path / "plan.json")
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"answer +[0-9]+ nodes, [0-9]+ devices: the model fits", found.stdout)
+    assert pipewright("validate", tmp_path / "plan.json").returncode == 0
+    nothing = pipewright(*arguments, "--smallest", "--max-nodes", 1, "--time-limit", 5, "-o", tmp_path / "none.json")
+    assert nothing.returncode == 1
+    assert "no number of nodes was found" in nothing.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
 def test_catalog_lists_every_kind_and_shows_one_entry():
     names = json.loads(pipewright("catalog", "--json").stdout)
     assert len(names["models"]) >= 25
@@ -98,6 +166,22 @@ PLAN = ("plan", "llama-3.1-8b", "--global-batch-size", "8")
         ((*PLAN, "--cluster", "1x8xh100-sxm", "--tp", "0"), 2, "--tp"),
         ((*PLAN, "--cluster", "1x1xrtx-4090"), 1, "fits cluster '1x1xrtx-4090'"),
         ((*PLAN, "--cluster", "1x8xh100-sxm", "-o", "/nowhere/plan.json"), 2, "its folder /nowhere does not exist"),
+        (
+            (*PLAN, "--cluster", "1x8xh100-sxm", "--pp", "4,x"),
+            2,
+            "--pp '4,x': give a whole number from 1, a comma list",
+        ),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--pp", "not:"), 2, "--pp 'not:'"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--zero", "4"), 2, "zero_stage=4 is not known; choose one of 0, 1, 2, 3"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--recompute", "some"), 2, "--recompute 'some'"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--family", "1f1b,zbh1"), 2, "did you mean 'zb-h1'"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--tokens", "many"), 2, "token budget 'many': write a number of tokens"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--what-if", "link=fast"), 2, "what if 'link=fast': write KEY=FACTORx"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--deadline-days", "3"), 2, "go with --smallest"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--smallest", "--top", "3"), 2, "leave out --what-if and --top"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--smallest", "--deadline-days", "3"), 2, "give --tokens, too"),
+        ((*PLAN, "--cluster", "1x8xh100-sxm", "--master-weight-dtype", "int8"), 2, "give none, or one of float8"),
+        ((*PLAN, "--cluster", "1x8xa100-80gb", "--dtype", "float8"), 2, "float8"),
         (("plan", "lama-3.1-8b", "--cluster", "1x8xh100-sxm", "--global-batch-size", "8"), 2, "llama-3.1-8b"),
         (("plan", "llama-3.1-8b", "--cluster", "1x8xh100-sxm"), 2, "--global-batch-size"),
         (("validate", "missing.json"), 2, "missing.json: no such file"),
