@@ -169,7 +169,7 @@ def _assumptions(job: Job) -> tuple[str, ...]:
         f"costs {job.profile.origin.kind} for {job.profile.origin.device};",
         f"data-parallel traffic {'runs beside the backward' if job.overlaps else 'is not overlapped'};",
         f"{RESERVE_FRACTION:.0%} of device memory is kept free;",
-        "processes are laid out tensor-parallel first, then data, then pipeline.",
+        "processes are numbered tensor-parallel first, then context, data and pipeline.",
     ]
     if len(job.cluster.groups) > 1:
         notes.append("The cluster is mixed: every stage is priced on its slowest device.")

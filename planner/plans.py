@@ -276,6 +276,14 @@ class Plan(Facts):
                 f"micro_batch_size {layout.micro_batch_size} × num_microbatches {layout.num_microbatches} × "
                 f"dp {layout.dp} is {per_step}, not global_batch_size {self.global_batch_size}"
             )
+        all_priced: list[tuple[str, Prediction | Alternative]] = [("prediction", self.prediction)]
+        all_priced += [(f"alternative {other.layout}", other) for other in self.alternatives]
+        for where, priced in all_priced:
+            parts = priced.parts
+            if parts is not None and not math.isclose(parts.total_us, priced.step_time_us, rel_tol=1e-6):
+                raise ValueError(
+                    f"{where}: parts add up to {parts.total_us} µs, but step_time_us is {priced.step_time_us}"
+                )
         for name in ("schedule", "prediction.memory"):
             rows = self.schedule if name == "schedule" else self.prediction.memory
             if len(rows) != layout.pp:

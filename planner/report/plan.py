@@ -18,6 +18,7 @@ from planner.report.text import GIB, WIDTH, duration, facts, grid, render, sched
 
 _MOST_ROWS = 20  # of the table of ranks
 _FIRST_ROWS = 12
+_SCHEDULE_RANKS = 6
 
 
 def render_plan(plan: Plan, width: int = WIDTH) -> str:
@@ -30,7 +31,7 @@ def plan_parts(plan: Plan, *, with_alternatives: bool = True) -> Iterable[Render
     yield _summary(plan)
     yield _times(plan)
     yield _ranks(plan)
-    yield schedule_excerpt(plan.schedule, title=f"Schedule: {plan.family}", width=WIDTH - 4)
+    yield schedule_excerpt(plan.schedule, title=f"Schedule: {plan.family}", width=WIDTH - 4, ranks=_SCHEDULE_RANKS)
     if plan.alternatives and with_alternatives:
         yield _alternatives(plan)
     yield _certificate(plan)
@@ -110,7 +111,8 @@ def _ranks(plan: Plan) -> RenderableType:
         )
         times = [f"{us / 1e3:.2f}" for us in times_us]
         layers = _layers([plan.layout.layers_per_stage[s] for s in hosted])
-        rows.append([str(rank), layers, *times, *(f"{part / GIB:.2f}" for part in parts_bytes)])
+        digits = 1 if memory.capacity_bytes >= 10 * GIB else 3
+        rows.append([str(rank), layers, *times, *(f"{part / GIB:.{digits}f}" for part in parts_bytes)])
         totals.append(memory.total_bytes)
     fullest = totals.index(max(totals))
     folded = _folded(rows)

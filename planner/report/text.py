@@ -59,15 +59,17 @@ def grid(
     return Group(Text(f"\n{title}", style="bold"), table)
 
 
-def schedule_excerpt(lines: Sequence[str], *, title: str, width: int = 106, rest: str = "") -> Group:
-    """The start of every rank's line, for the first ranks; `rest` says where the rest is, if there is any."""
+def schedule_excerpt(
+    lines: Sequence[str], *, title: str, width: int = 106, rest: str = "", ranks: int = SHOWN_RANKS
+) -> Group:
+    """The start of every rank's line, for the first `ranks`; `rest` says where the rest is, if there is any."""
     shown = []
-    for rank, line in enumerate(lines[:SHOWN_RANKS]):
+    for rank, line in enumerate(lines[:ranks]):
         label = f"r{rank}: "
         room = width - len(label)
         shown.append(label + (line if len(line) <= room else line[: line.rfind(" ", 0, room - 2)] + " …"))
-    if len(lines) > SHOWN_RANKS:
-        shown.append(f"… and {len(lines) - SHOWN_RANKS} more ranks")
-    if rest and (len(lines) > SHOWN_RANKS or any(line.endswith(" …") for line in shown)):
+    if len(lines) > ranks:
+        shown.append(f"… and {len(lines) - ranks} more ranks")
+    if rest and (len(lines) > ranks or any(line.endswith(" …") for line in shown)):
         shown.append(rest)
     return Group(Text(f"\n{title}", style="bold"), Text("\n".join(shown)))

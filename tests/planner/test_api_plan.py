@@ -326,6 +326,10 @@ def broken(llama, path, change):
         (lambda p: p["stages"][0].update(forward_us=-1.0), r"\$\.stages\[0\]\.forward_us.*greater than or equal to 0"),
         (lambda p: p["stages"][0].update(parameter_bytes=-5), r"\$\.stages\[0\]\.parameter_bytes"),
         (lambda p: p.pop("layout"), r"\$\.layout: Field required"),
+        (
+            lambda p: p["prediction"]["parts"].update(bubble_us=1e9),
+            r"prediction: parts add up to .*but step_time_us is",
+        ),
         (lambda p: p.update(global_batch_size=255), r"is 256, not global_batch_size 255"),
         (lambda p: p["layout"].update(dp="8"), r"\$\.layout\.dp.*valid integer"),
     ],
