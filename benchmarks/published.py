@@ -72,7 +72,9 @@ def main(
     except PipewrightError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    known, record, total, summary = shapes(), [], Errors(), []
+    known, total = shapes(), Errors()
+    record: list[dict[str, Any]] = []
+    summary: list[tuple[str, Errors]] = []
     for each in files:
         if each.facts.get("groups") and not each.rows:
             _show_groups(console, each.path.name, groups_of(each), known, quiet=file is None)

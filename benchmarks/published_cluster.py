@@ -2,7 +2,7 @@
 
 import re
 
-from published_fields import Row, UnpricedError, stated
+from published_fields import Row, UnpricedError, stated, text_of
 
 from profiles import catalog
 from profiles.cluster import Cluster, DeviceSpec, Link, NodeGroup
@@ -50,7 +50,9 @@ def device_of(row: Row) -> DeviceSpec:
 def cluster_of(row: Row, facts: Row, device: DeviceSpec, num_devices: int, filled: list[str]) -> Cluster:
     """Nodes as stated; the network rate from the file's `hardware` text, else what the device's nodes usually have.
 
-    At Jean Zay, which its Omni-Path network tells, eight A100 are two NVLink islands of four, joined over PCIe.
+    DeepSpeed's ZeRO 3 of 2021 gathered tensor by tensor over one ring, which one network card of a node serves: its
+    runs in arXiv 2104.04473, table 2, moved 16 to 18 GB/s whatever their size. At Jean Zay, which its Omni-Path network
+    tells, eight A100 are two NVLink islands of four, joined over PCIe.
     """
     usual = int(stated(row, "devices_per_node") or device.devices_per_node)
     per_node = min(usual, num_devices)
@@ -62,6 +64,9 @@ def cluster_of(row: Row, facts: Row, device: DeviceSpec, num_devices: int, fille
     elif nodes > 1:
         filled.append(f"network {scale_out.bandwidth_bytes_per_s * 8 / 1e9:.0f} Gb/s per device")
     source = str(facts.get("source") or "the row")
+    if "zero3" in text_of(row, "optimizer_sharding") and str(row.get("precision")) == "fp16":
+        narrow = scale_out.bandwidth_bytes_per_s / per_node
+        scale_out = scale_out.model_copy(update={"bandwidth_bytes_per_s": narrow})
     if "omni-path" in text:
         scale_out = scale_out.model_copy(update={"efficiency": OMNI_PATH_EFFICIENCY})
         if device.name.startswith("a100") and per_node == 8:

@@ -99,10 +99,10 @@ def _from_utilization(row: Row, known: dict[str, Row], batch: int, devices: int)
     flops = spec.step_flops(batch, spec.sequence_length) / devices
     if row.get("mfu_percent") and family in peaks:
         peak = peaks[family] * (2 if str(row.get("precision")).startswith("fp8") else 1)
-        return flops / (row["mfu_percent"] / 100 * peak)
+        return float(flops / (row["mfu_percent"] / 100 * peak))
     if row.get("hardware_tflops_per_device"):
         again = 4 / 3 if str(row.get("recompute")).startswith("full") else 1.0
-        return flops * again / (row["hardware_tflops_per_device"] * 1e12)
+        return float(flops * again / (row["hardware_tflops_per_device"] * 1e12))
     return None
 
 
@@ -126,7 +126,9 @@ def groups_of(file: PublishedFile) -> list[Group]:
     for group in file.facts.get("groups") or []:
         source = _beside(file.path, str(group.get("file", "")))
         rows = {row["id"]: row for row in source.rows} if source else {}
-        facts, members, missing = (source.facts if source else {}), [], []
+        facts = source.facts if source else {}
+        members: list[tuple[Row, dict[str, Any], float | None]] = []
+        missing: list[str] = []
         listed = [(*entry, None)[:3] for entry in group.get("order", [])]
         known = next((rows[entry[0]] for entry in listed if entry[0] in rows), None)
         for name, label, value in listed:

@@ -141,7 +141,7 @@ def chunks_of(row: Row, filled: list[str]) -> int:
 def family_of(row: Row, chunks: int) -> str:
     """The schedule, where its name is that of a family; else 1F1B, interleaved with several chunks per rank."""
     name = text_of(row, "schedule").replace("_", "-").split(",")[0]
-    if name in FAMILIES and not (name == "1f1b" and chunks > 1):
+    if name in FAMILIES and name not in ("1f1b", "interleaved-1f1b"):
         return name
     return "interleaved-1f1b" if chunks > 1 else "1f1b"
 

@@ -112,7 +112,7 @@ def recompute_of(row: Row, tp: int, filled: list[str]) -> tuple[Recompute | None
         return "full", share
     for choice in ("selective", "full", "none"):
         if text.startswith(choice):
-            return choice, 1.0  # type: ignore[return-value]
+            return choice, 1.0
     raise UnpricedError(f"recompute {row['recompute']!r} is not known")
 
 

@@ -21,10 +21,10 @@ from profiles.collectives import Fabric, Span
 from profiles.model import BYTES_PER_ELEMENT, LayerProfile
 
 INTERFERENCE = 0.11
-"""Share of a collective's time that computing beside it loses: its kernels take multiprocessors and memory bandwidth."""
+"""Share of a collective's time that computing beside it loses: it takes multiprocessors and memory bandwidth."""
 
-STEP_US = 3_000.0
-"""What every step takes beside all that is priced: gradient norm and overflow check, learning rate, host, next batch."""
+STEP_US = 5_000.0
+"""What every step takes beside all that is priced: gradient norm, overflow check, host, next batch."""
 
 STEP_US_PER_DOUBLING = 3_000.0
 """What it takes more for every doubling of the devices: the slowest of more is waited for."""

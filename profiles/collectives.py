@@ -13,7 +13,6 @@ from typing import NamedTuple, Self
 
 from profiles.cluster import Cluster, Link
 
-
 START_US = 16.0
 """From the launch of an all-gather or reduce-scatter until its first bytes move.
 

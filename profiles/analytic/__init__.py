@@ -69,7 +69,7 @@ def profile_model(
     *,
     fabric: Fabric,
     attention: AttentionKernel = "flash",
-    software: Software = Software(),  # noqa: B008 (frozen)
+    software: Software = Software(),
 ) -> ModelProfile:
     """Estimate every layer of `spec` on `device` under each of `variants`; duplicates count once.
 
@@ -137,7 +137,7 @@ def _assumptions(device: DeviceSpec, attention: AttentionKernel, software: Softw
 
 
 def _layer_profile(kind: LayerKind, shard: Shard, layer: Layer, software: Software) -> LayerProfile:
-    forward_us, backward_us, weight_us, fused_us = _times(shard, layer, software)
+    forward_us, backward_us, weight_us, fused_us = _times(layer, software)
     saved = sum(operation.saved_bytes for operation in layer)
     num_parameters = sum(operation.num_parameters for operation in layer)
     # the gradient that comes in, and what the neediest operation allocates
@@ -178,7 +178,7 @@ def _layer_profile(kind: LayerKind, shard: Shard, layer: Layer, software: Softwa
     )
 
 
-def _times(shard: Shard, layer: Layer, software: Software) -> tuple[float, float, float, float]:
+def _times(layer: Layer, software: Software) -> tuple[float, float, float, float]:
     """F, B, W and fused BW of a layer: the device's time, or the host's where that is longer."""
     sent_us = sum(operation.forward_sent_us for operation in layer)
     sent_back_us = sum(operation.backward_sent_us for operation in layer)

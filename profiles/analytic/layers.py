@@ -114,7 +114,7 @@ def _feed_forward(shard: Shard, name: str, ffn_size: int, *, kept_inputs: float)
 def _attention_half(shard: Shard) -> Layer:
     if shard.spec.latent_attention is not None:
         return _latent_attention_half(shard, shard.spec.latent_attention)
-    spec, tp = shard.spec, shard.variant.tp
+    spec, _tp = shard.spec, shard.variant.tp
     query, key = shard.heads * spec.head_dim, shard.kv_heads * spec.head_dim
     rotated = 2 * shard.num_tokens * (query + key) * shard.element_bytes * (1 if shard.fused else EAGER_ROTARY_PASSES)
     return (
@@ -174,7 +174,9 @@ def _latent_attention_half(shard: Shard, latent: LatentAttention) -> Layer:
         shard.norm("query latent norm", latent.q_lora_rank),
         shard.norm("key-value latent norm", latent.kv_lora_rank),
         shard.gather(tokens * down * shard.element_bytes),
-        shard.linear("query up", latent.q_lora_rank, query, kept_inputs=latent.q_lora_rank / shard.num_parts, kept_outputs=query),
+        shard.linear(
+            "query up", latent.q_lora_rank, query, kept_inputs=latent.q_lora_rank / shard.num_parts, kept_outputs=query
+        ),
         shard.linear(
             "key-value up",
             latent.kv_lora_rank,

@@ -289,7 +289,9 @@ class Shard:
         size = rows * width * self.element_bytes
         read = 2 * size if self.spec.gated_mlp else size
         again = 0 if self.fused or not self.spec.gated_mlp else 2 * size  # silu's result, written and read
-        return self.elementwise(name, forward=read + size + again, backward=2 * read + size + 2 * again, saved=read, transient=read + size)
+        return self.elementwise(
+            name, forward=read + size + again, backward=2 * read + size + 2 * again, saved=read, transient=read + size
+        )
 
     def attention(self, qk_dim: int, value_dim: int, kv_heads: int) -> Operation:
         """softmax(Q Kᵀ) V, causal, for the heads of this device; without weights, so all of it is F and B.
@@ -312,7 +314,9 @@ class Shard:
         return Operation(
             "attention",
             forward_us=self.machine.flash_attention_us(flops, head_dim, moved, version=version),
-            backward_us=self.machine.flash_attention_us(backward_flops, head_dim, 2 * moved + output, version=version, back=True),
+            backward_us=self.machine.flash_attention_us(
+                backward_flops, head_dim, 2 * moved + output, version=version, back=True
+            ),
             forward_flops=flops,
             backward_flops=backward_flops,
             saved_bytes=inputs + statistics,
@@ -321,9 +325,7 @@ class Shard:
             ring_bytes=ring,
         )
 
-    def _unfused_attention(
-        self, qk_dim: int, value_dim: int, inputs: float, output: float, ring: float
-    ) -> Operation:
+    def _unfused_attention(self, qk_dim: int, value_dim: int, inputs: float, output: float, ring: float) -> Operation:
         """As before flash attention: all scores computed, then masked; softmax and dropout in memory."""
         machine, length, size = self.machine, self.variant.sequence_length, self.element_bytes
         groups, rows = self.variant.micro_batch_size * self.heads, length // self.variant.cp
