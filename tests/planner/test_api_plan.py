@@ -303,10 +303,9 @@ def test_alternatives_are_the_best_of_their_degrees():
     found = plan("gpt2-xl", "1x4xa100-40gb", global_batch_size=32, family="1f1b", time_limit_s=60)
     assert found.alternatives
     for beside in found.alternatives:
-        tp, pp, dp = (int(word[2:]) for word in beside.layout.split()[:3])
-        alone = plan(
-            "gpt2-xl", "1x4xa100-40gb", global_batch_size=32, family="1f1b", time_limit_s=60, tp=tp, pp=pp, dp=dp
-        )
+        named = dict(re.findall(r"\b(tp|pp|dp|cp|ep)([0-9]+)", beside.layout))
+        degrees = {name: int(named.get(name, 1)) for name in ("tp", "pp", "dp", "cp", "ep")}
+        alone = plan("gpt2-xl", "1x4xa100-40gb", global_batch_size=32, family="1f1b", time_limit_s=60, **degrees)
         assert beside.step_time_us == pytest.approx(alone.prediction.step_time_us)
 
 
