@@ -126,6 +126,7 @@ def solve(
         time_limit_s * share, seed=seed, num_best=max(1, top), known=known, on_progress=on_progress
     )
     beside = [("", priced) for priced in (next_best(result, top - 1) if top else runners_up(result)[:NUM_ALTERNATIVES])]
+    free = None
     if pinned and not result.interrupted:
         free = question.search_without_pins(
             time_limit_s * (1 - share), seed=seed, known=result.ranked, on_progress=on_progress
@@ -137,6 +138,7 @@ def solve(
         question.pricer,
         result,
         beside=beside,
+        free=free,
         scope=question.scope,
         time_limit_s=time_limit_s,
         seed=seed,

@@ -4,7 +4,7 @@ from hashlib import sha256
 from importlib.metadata import version
 
 from planner.memory import RESERVE_FRACTION
-from planner.plans import Alternative, Certificate, Layout, Plan, Prediction, Provenance, RecomputePlan
+from planner.plans import WITHOUT_PINS, Alternative, Certificate, Layout, Plan, Prediction, Provenance, RecomputePlan
 from planner.pricing import Job, PricedLayout, Pricer
 from planner.search import SearchResult
 from planner.step_parts import recompute_flops, step_parts
@@ -18,6 +18,7 @@ def assemble(
     result: SearchResult,
     *,
     beside: list[tuple[str, PricedLayout]],
+    free: SearchResult | None = None,
     scope: str,
     time_limit_s: float,
     seed: int,
@@ -26,7 +27,7 @@ def assemble(
 ) -> Plan:
     """The plan of the best layout found, with the labelled layouts of `beside` for comparison.
 
-    `scope` says over what the certificate holds.
+    `scope` says over what the certificate holds; `free` is the search that the best without pins came from.
     """
     job, best, timeline = pricer.job, result.ranked[0], result.ranked[0].timeline
     flops = job.profile.model.step_flops(job.global_batch_size, job.sequence_length)
@@ -64,6 +65,7 @@ def assemble(
                 mfu=_mfu(job, flops, priced.step_us),
                 peak_memory_bytes=priced.peak_memory_bytes,
                 parts=step_parts(pricer, priced),
+                gap=1 - free.lower_bound_us / priced.step_us if free is not None and label == WITHOUT_PINS else None,
             )
             for label, priced in beside
         ),

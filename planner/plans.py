@@ -231,6 +231,7 @@ class Alternative(Facts):
     mfu: NonNegative
     peak_memory_bytes: Bytes
     parts: TimeParts | None = None
+    gap: NonNegative | None = None  # of the best without pins: to the bound of its own search
 
 
 class Provenance(Facts):

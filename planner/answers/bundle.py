@@ -39,11 +39,14 @@ def answer(
     changes: Sequence[str] = (),
     **arguments: Unpack[PlanArguments],
 ) -> Answers:
-    """Plan, and answer what else is asked within the same time limit; arguments are those of `planner.plan`."""
+    """Plan, and answer what else is asked within the same time limit; arguments are those of `planner.plan`.
+
+    The plan gets twice the time of each change.
+    """
     parsed = [Change.parse(change) for change in changes]
     limit_s = arguments.get("time_limit_s", DEFAULT_TIME_LIMIT_S)
     check_time_limit(limit_s)
-    share_s = limit_s / (1 + len(parsed))
+    share_s = limit_s / (1 + len(parsed) / 2)
     top = arguments.get("top", 0)
     found = plan(model, cluster, **within(arguments, share_s, top=top))
     return Answers(

@@ -58,6 +58,7 @@ class LayoutComparison(Facts):
 
     layout: LayoutRow
     other: LayoutRow
+    other_gap: NonNegative | None = None  # how far `other` may be from the best of its own space
     difference_us: Difference  # positive where `other` is faster
     parts: tuple[PartDifference, ...]  # they add up to it
 
@@ -107,6 +108,7 @@ def compare_layouts(plan: Plan, label: str = WITHOUT_PINS) -> LayoutComparison:
     return LayoutComparison(
         layout=own,
         other=_beside(other, other),
+        other_gap=next(beside.gap for beside in plan.alternatives if beside.label == label),
         difference_us=math.fsum(part.difference_us for part in own.differences),
         parts=own.differences,
     )

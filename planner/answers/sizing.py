@@ -20,6 +20,7 @@ from planner.memory import capacity_bytes
 from planner.plans import Plan, Precision
 from planner.pricing import PricedLayout
 from planner.questions import PlanArguments, Question, ask, check_time_limit, load_model, read_precision
+from planner.search import SearchProgress
 from planner.traffic import BYTES_OF
 from profiles.catalog import load_cluster
 from profiles.cluster import MAX_DEVICES, Cluster
@@ -29,7 +30,7 @@ from profiles.model import BYTES_PER_ELEMENT, ModelProfile, ModelSpec
 Verdict = Literal["fits", "in time", "no layout divides", "does not fit", "too slow", "undecided"]
 PROVEN_UNFIT: tuple[Verdict, ...] = ("no layout divides", "does not fit", "too slow")
 NUM_IN_TURN = 8  # admissible counts that are tried one after another before doubling
-_PROBE_SHARE = 0.06  # of the time limit, for one node count
+_PROBE_SHARE = 0.1  # of the time limit, for one node count
 _FINAL_SHARE = 0.3
 _FIRST_FIT_S = 0.1  # without a deadline any layout will do, and a search goes on until it has one
 
@@ -59,6 +60,28 @@ class SmallestCluster(Facts):
     tried: tuple[NodeCount, ...]  # ascending
     proven: bool  # every smaller count is refused by proof
     interrupted: bool = False
+
+
+class _DecidedError(KeyboardInterrupt):
+    """Ends a search as Ctrl-C does: what is to be known is known."""
+
+
+@dataclass
+class _Watch:
+    """Ends a search once a layout is in time, or none can be."""
+
+    target_us: float | None
+    lower_bound_us: float = 0.0
+    is_decided: bool = False
+
+    def __call__(self, state: SearchProgress) -> None:
+        if self.target_us is None or state.phase == "bounding layouts":
+            return
+        if state.lower_bound_us > self.target_us:
+            self.lower_bound_us = state.lower_bound_us
+        if not self.is_decided and (state.best_us <= self.target_us or self.lower_bound_us):
+            self.is_decided = True
+            raise _DecidedError
 
 
 @dataclass
@@ -112,13 +135,16 @@ class _Probes:
         machines, limit_s = question.job.cluster, self.probe_s
         if self.target_us is None:
             limit_s = min(limit_s, _FIRST_FIT_S)
+        watch = _Watch(self.target_us)
         try:
-            result = question.search(limit_s, seed=self.seed)
+            result = question.search(limit_s, seed=self.seed, on_progress=watch)
         except InfeasibleError as error:
             unsure = "might fit" in str(error)
             return _count(machines, "undecided" if unsure else "does not fit", str(error))
-        self.interrupted |= result.interrupted
-        step_us, bound_us = result.ranked[0].step_us, result.lower_bound_us
+        except _DecidedError:
+            return _count(machines, "too slow", lower_bound_us=watch.lower_bound_us)
+        self.interrupted |= result.interrupted and not watch.is_decided
+        step_us, bound_us = result.ranked[0].step_us, max(result.lower_bound_us, watch.lower_bound_us)
         self.found[num_nodes] = question, result.ranked
         verdict: Verdict = "fits"
         if self.target_us is not None:
