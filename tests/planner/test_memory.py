@@ -1,5 +1,7 @@
 """Memory of a device, part by part, and what a measurement shows of it."""
 
+from typing import Any
+
 import pytest
 
 from planner.layout import Candidate
@@ -22,7 +24,7 @@ FP16 = Precision(compute="float16", gradients="float16")
 N = 10**9
 
 
-def candidate(**changes: int) -> Candidate:
+def candidate(**changes: Any) -> Candidate:
     base = Candidate(
         tp=1,
         pp=1,

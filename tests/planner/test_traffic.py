@@ -1,5 +1,7 @@
 """What data, context and expert parallelism send: by hand, and what hides behind computing."""
 
+from typing import Any
+
 import pytest
 
 from planner.layout import Candidate
@@ -25,7 +27,7 @@ FABRIC = Fabric(
 BF16 = Precision.of("bfloat16")
 
 
-def candidate(**changes: int | bool) -> Candidate:
+def candidate(**changes: Any) -> Candidate:
     base = Candidate(
         tp=8,
         pp=1,
