@@ -22,7 +22,7 @@ MAX_TOP = 1000
 MAX_MICRO_BATCH = 10**5
 _MENDING_SHARE = 0.2  # of the time limit more, to find the nearest change where nothing fits
 _LEAST_MENDING_S = 2.0
-_PINNED_SHARE = 0.6  # of the time limit; the rest goes to the space without pins
+_PINNED_SHARE = 0.4  # of the time limit; what is left goes to the space without pins
 
 
 def plan(
@@ -129,7 +129,7 @@ def solve(
     free = None
     if pinned and not result.interrupted:
         free = question.search_without_pins(
-            time_limit_s * (1 - share), seed=seed, known=result.ranked, on_progress=on_progress
+            max(0.01, time_limit_s - result.seconds), seed=seed, known=result.ranked, on_progress=on_progress
         )
         result.interrupted |= free.interrupted
         result.limited_by_time |= free.limited_by_time

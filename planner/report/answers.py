@@ -91,7 +91,7 @@ def _comparison(comparison: LayoutComparison) -> RenderableType:
         ]
     )
     title = f"With the pins ({mine.layout}, {mine.family}) and without ({other.layout}, {other.family})"
-    table = grid(title, ("part", "with", "without", "difference", "of its step"), rows, left=("part",))
+    table = grid(title, ("part", "with", "without", "difference", "of best"), rows, left=("part",))
     if comparison.other_gap is None:
         return table
     least = other.step_time_us * (1 - comparison.other_gap)
@@ -152,13 +152,17 @@ def _sizing(found: SmallestCluster) -> RenderableType:
     if found.num_nodes is None:
         rows = [("answer", f"no number of nodes was found on which the model {wanted}")]
     else:
-        rows = [("answer", f"{found.num_nodes:,} nodes, {found.num_devices:,} devices: the model {wanted}")]
-    rows.append(("at least", f"{found.least_nodes:,} nodes: {found.least_reason}"))
+        rows = [("answer", f"{_nodes(found.num_nodes)}, {found.num_devices:,} devices: the model {wanted}")]
+    rows.append(("at least", f"{_nodes(found.least_nodes)}: {found.least_reason}"))
     if found.num_nodes is not None:
         rows.append(("proven", _proof(found)))
     if found.interrupted:
         rows.append(("", "interrupted"))
     return facts(rows)
+
+
+def _nodes(number: int) -> str:
+    return "1 node" if number == 1 else f"{number:,} nodes"
 
 
 def _proof(found: SmallestCluster) -> str:

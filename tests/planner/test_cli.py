@@ -135,7 +135,7 @@ def test_the_smallest_cluster_is_answered_with_its_plan(tmp_path):
     arguments = ("plan", "llama-2-7b", "--cluster", "8x2xa100-40gb", "--global-batch-size", 64, "--seq-len", 2048)
     found = pipewright(*arguments, "--smallest", "--time-limit", 5, "-o", tmp_path / "plan.json")
     assert found.returncode == 0, found.stderr
-    assert re.search(r"answer +[0-9]+ nodes, [0-9]+ devices: the model fits", found.stdout)
+    assert re.search(r"answer +[0-9]+ nodes?, [0-9]+ devices: the model fits", found.stdout)
     assert pipewright("validate", tmp_path / "plan.json").returncode == 0
     nothing = pipewright(*arguments, "--smallest", "--max-nodes", 1, "--time-limit", 5, "-o", tmp_path / "none.json")
     assert nothing.returncode == 1
