@@ -22,7 +22,7 @@ MAX_TOP = 1000
 MAX_MICRO_BATCH = 10**5
 _MENDING_SHARE = 0.2  # of the time limit more, to find the nearest change where nothing fits
 _LEAST_MENDING_S = 2.0
-_PINNED_SHARE = 0.4  # of the time limit; what is left goes to the space without pins
+_PINNED_SHARE = 0.5  # of the time limit; what is left goes to the space without pins
 
 
 def plan(

@@ -174,7 +174,7 @@ def _assumptions(job: Job) -> tuple[str, ...]:
         "processes are numbered tensor-parallel first, then context, data and pipeline.",
     ]
     if len(job.cluster.groups) > 1:
-        notes.append("The cluster is mixed: every stage is priced on its slowest device.")
+        notes.append("The cluster is mixed: every pipeline rank is priced on the slowest of its devices.")
     if job.profile.links is not None and job.cluster.num_nodes == 1:
         notes.append("Transfers as measured with the profile.")
     return tuple(notes)

@@ -7,6 +7,7 @@ tensor-parallel devices, and without recomputation. What then remains is compute
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import log2
 
@@ -16,7 +17,7 @@ from planner.schedule.actions import Kind
 from planner.traffic import STEP_US, STEP_US_PER_DOUBLING, sharded_layers
 from profiles.analytic import profile_model
 from profiles.cluster import DeviceSpec, Link
-from profiles.collectives import Fabric
+from profiles.collectives import Fabric, Span
 from profiles.model import LayerProfile, ModelProfile, ModelSpec, Recompute, Variant
 
 _NO_TIME_LINK = Link(bandwidth_bytes_per_s=1e24, latency_us=0.0)
@@ -75,6 +76,7 @@ def _work_parts(pricer: Pricer, priced: PricedLayout, rank: int) -> tuple[float,
     bounds = (0, *cut.cuts, len(cut.layers))
     profile = job.profile if len(job.profiles) == 1 else job.profiles[pricer.group_of_rank(candidate.pp)[rank]]
     fabric, spans = pricer.fabric, pricer.spans(candidate)
+    without_experts = replace(spans, ep=Span((1,) * len(spans.ep.members)))
     plain = candidate._replace(zero_stage=0, shard_degree=1)
     at: dict[Variant, tuple[list[LayerProfile], ...]] = {}
     totals = [0.0] * 5
@@ -86,10 +88,9 @@ def _work_parts(pricer: Pricer, priced: PricedLayout, rank: int) -> tuple[float,
             variant = cut.layers[index].variant
             if variant not in at:
                 raw = profile.at(variant)
-                silent = [layer.model_copy(update={"exchange_bytes": 0}) for layer in raw]
                 at[variant] = (
                     list(sharded_layers(raw, plain, fabric, spans, job.precision)),
-                    list(sharded_layers(silent, plain, fabric, spans, job.precision)),
+                    list(sharded_layers(raw, plain, fabric, without_experts, job.precision)),
                     raw,
                     *_without_links_and_recompute(pricer, profile, variant),
                 )

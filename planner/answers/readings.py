@@ -63,6 +63,11 @@ class LayoutComparison(Facts):
     parts: tuple[PartDifference, ...]  # they add up to it
 
     @property
+    def is_same(self) -> bool:
+        """Whether both are one layout, under one schedule."""
+        return _is_same(self.layout, self.other)
+
+    @property
     def words(self) -> str:
         """The difference in one line."""
         ratio = self.difference_us / self.other.step_time_us
@@ -89,7 +94,12 @@ def top_layouts(plan: Plan, count: int = 10) -> TopLayouts:
     They are the proven best of the space if the plan was made with `top` at least as large, and if its search ended by
     itself.
     """
-    rows = sorted(_rows(plan), key=lambda row: row.step_time_us)[: max(1, count)]
+    own, *others = _rows(plan)
+    same = [row for row in others if row.label and _is_same(row, own)]
+    if same:
+        own = own.model_copy(update={"label": f"{own.label}, also {same[0].label}"})
+    kept = [own, *(row for row in others if row not in same)]
+    rows = sorted(kept, key=lambda row: row.step_time_us)[: max(1, count)]
     return TopLayouts(rows=tuple(_beside(row, rows[0]) for row in rows), lower_bound_us=plan.certificate.lower_bound_us)
 
 
@@ -191,6 +201,10 @@ def _rows(plan: Plan) -> list[LayoutRow]:
             for other in plan.alternatives
         ),
     ]
+
+
+def _is_same(row: LayoutRow, other: LayoutRow) -> bool:
+    return (row.layout, row.family, row.step_time_us) == (other.layout, other.family, other.step_time_us)
 
 
 def _beside(row: LayoutRow, best: LayoutRow) -> LayoutRow:

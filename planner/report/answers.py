@@ -90,14 +90,15 @@ def _comparison(comparison: LayoutComparison) -> RenderableType:
             f"{comparison.difference_us / other.step_time_us:+.2%}",
         ]
     )
+    certain = ""
+    if comparison.other_gap is not None:
+        least = other.step_time_us * (1 - comparison.other_gap)
+        certain = f"Without pins nothing is faster than {duration(least)}; "
+        certain += f"what was found is within {comparison.other_gap:.1%}."
+    if comparison.is_same:
+        return Text(f"\nWithout pins nothing better was found. {certain}")
     title = f"With the pins ({mine.layout}, {mine.family}) and without ({other.layout}, {other.family})"
     table = grid(title, ("part", "with", "without", "difference", "of best"), rows, left=("part",))
-    if comparison.other_gap is None:
-        return table
-    least = other.step_time_us * (1 - comparison.other_gap)
-    certain = (
-        f"Without pins nothing is faster than {duration(least)}; what was found is within {comparison.other_gap:.1%}."
-    )
     return Group(table, Text(certain))
 
 

@@ -13,7 +13,7 @@ def degrees_in_words(layout: Layout) -> str:
     shown = [(name, degree) for name, degree in factors if degree > 1 or name != "context"]
     words = " × ".join(f"{name} {degree}" for name, degree in shown) + f" = {_count(layout.num_devices, 'device')}"
     if layout.ep > 1:
-        words += f"; experts over {layout.ep} of the {layout.dp * layout.cp} devices that share a pipeline rank"
+        words += f"; experts over {layout.ep} of the {layout.dp * layout.cp} data-parallel devices"
     if layout.tp > 1:
         words += "; with sequence parallelism" if layout.sequence_parallel else "; without sequence parallelism"
     return words
@@ -79,8 +79,9 @@ def _recomputed(blocks: Sequence[str]) -> str:
     full, core = counts["full"], counts["selective"]
     if not full + core:
         return "none"
-    parts = [f"{full} in full"] if full else []
-    parts += [f"{core} selectively"] if core else []
+    parts = [f"{number} {how}" for number, how in ((full, "in full"), (core, "selectively")) if number]
+    if len(blocks) in (full, core):
+        return f"{'its block' if len(blocks) == 1 else f'all {len(blocks)} blocks'} {parts[0].split(' ', 1)[1]}"
     return f"{' and '.join(parts)} of {_count(len(blocks), 'block')}"
 
 

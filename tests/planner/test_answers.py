@@ -87,6 +87,43 @@ def test_why_not_a_pinned_layout_is_said_in_parts_that_add_up(pinned):
     assert re.search(r"slower: .*recompute \+", comparison.words)
 
 
+def test_a_pin_that_changes_nothing_is_said_to_change_nothing(best_five):
+    layout = best_five.layout
+    same = made(dp=layout.dp, pp=layout.pp, top=3)
+    comparison = compare_layouts(same)
+    assert comparison.is_same
+    assert comparison.difference_us == 0
+    assert comparison.words == "as fast"
+    rows = top_layouts(same, 3).rows
+    assert rows[0].label == "this plan, also without pins"
+    assert len({row.layout for row in rows}) == 3
+
+
+@pytest.mark.parametrize(
+    ("pins", "sent", "not_sent"),
+    [
+        ({"ep": 8}, "expert_parallel_us", "context_parallel_us"),
+        ({"cp": 2, "ep": 1, "tp": 1}, "context_parallel_us", "expert_parallel_us"),
+        ({"tp": 8, "ep": 1}, "tensor_parallel_us", "expert_parallel_us"),
+    ],
+)
+def test_traffic_is_told_apart_by_what_sends_it(pins, sent, not_sent):
+    cluster = "4x8xh100-sxm" if "cp" not in pins else "4x1xh100-sxm"
+    name = "mixtral-8x7b" if "cp" not in pins else "llama-3.2-1b"
+    found = plan(name, cluster, family="1f1b", global_batch_size=64, sequence_length=2048, time_limit_s=3, **pins)
+    parts = found.prediction.parts
+    assert getattr(parts, sent) > 0
+    assert getattr(parts, not_sent) == 0
+    assert parts.total_us == pytest.approx(found.prediction.step_time_us, rel=1e-12)
+
+
+def test_ranks_of_different_devices_have_parts_that_add_up():
+    found = plan("llama-3.2-1b", "mixed-h100-a100", family="1f1b", pp=2, tp=8, **SIZES, time_limit_s=4)
+    assert found.prediction.parts.total_us == pytest.approx(found.prediction.step_time_us, rel=1e-12)
+    assert found.prediction.parts.tensor_parallel_us > 0
+    assert found.prediction.parts.compute_us > 0
+
+
 def test_a_plan_without_pins_has_nothing_to_compare_with(best_five):
     with pytest.raises(PlanError, match="no alternative labelled 'without pins'"):
         compare_layouts(best_five)
