@@ -14,12 +14,9 @@ from profiles.facts import check_writable
 if TYPE_CHECKING:
     from planner.questions import PlanArguments
 
-_PINS = "What is decided already (each takes one value, a comma list of allowed values, or not:LIST to leave out)"
-_ANSWERS = "Answers beside the plan"
-
 
 def _pin(help_text: str) -> Any:
-    return typer.Option(metavar="LIST", help=help_text, rich_help_panel=_PINS)
+    return typer.Option(metavar="[not:]LIST", help=help_text)
 
 
 def plan(
@@ -80,7 +77,11 @@ def plan(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Save the plan here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose layout and schedule for a model on a cluster."""
+    """Choose layout and schedule for a model on a cluster.
+
+    A LIST is one value, or a comma list of allowed ones, like 4,8; with not: in front it is what to leave out. What is
+    pinned so is set beside the best there is without.
+    """
     from planner.answers import parse_tokens
 
     if output is not None:
