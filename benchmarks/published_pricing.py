@@ -6,11 +6,9 @@ from itertools import accumulate
 from published_fields import Row, UnpricedError, stated
 from published_rows import Run, run_of
 
-from planner.layout import Candidate
 from planner.memory import observed_bytes
 from planner.pricing import Job, PricedLayout, Pricer
 from planner.schedule.families import FAMILIES
-from planner.traffic import boundary_us
 from profiles.analytic import profile_model
 from profiles.collectives import Fabric
 from profiles.errors import PipewrightError
@@ -68,13 +66,6 @@ def _predicted(run: Run) -> Predicted:
     return Predicted(run, price(run))
 
 
-class _Pricer(Pricer):
-    """Sends boundary tensors as Megatron-LM does."""
-
-    def transfer_us(self, candidate: Candidate, num_bytes: int) -> float:
-        return boundary_us(num_bytes, candidate, self.fabric, self.spans(candidate))
-
-
 def price(run: Run) -> PricedLayout:
     """The layout as it was run."""
     c = run.candidate
@@ -83,7 +74,7 @@ def price(run: Run) -> PricedLayout:
     variants = candidate.variants(run.sequence_length, run.precision.compute)
     profile = _profile(run, variants)
     job = Job((profile,), run.cluster, run.global_batch, run.sequence_length, run.precision, run.overlaps)
-    pricer, family = _Pricer(job), FAMILIES[run.family]
+    pricer, family = Pricer(job), FAMILIES[run.family]
     if not mixed:
         return pricer.price_fixed(candidate, run.layers_per_stage, family)
     names = pricer.options(candidate).choices

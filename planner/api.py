@@ -7,6 +7,7 @@ from typing import Any, Literal
 from planner.assembly import NUM_ALTERNATIVES, assemble, next_best, runners_up
 from planner.errors import InfeasibleError, LayoutError, PlanError, ScheduleError
 from planner.layout import Degrees
+from planner.placing import place_layout
 from planner.plans import WITHOUT_PINS, Plan, Precision, RecomputePlan
 from planner.pricing import PricedLayout
 from planner.questions import OnProgress, PlanArguments, Question, ask, check_time_limit
@@ -135,7 +136,7 @@ def solve(
         result.limited_by_time |= free.limited_by_time
         beside = [(WITHOUT_PINS, free.ranked[0]), *(beside if top else _others(result.ranked[0], free))]
     return assemble(
-        question.pricer,
+        place_layout(question.pricer, result.ranked[0], seed=seed),
         result,
         beside=beside,
         free=free,

@@ -1,11 +1,13 @@
 """From what a search found to a Plan: everything is written down that a reader, or a training job, will ask for."""
 
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
 
 from planner.memory import RESERVE_FRACTION
+from planner.placing import PlacedLayout
 from planner.plans import WITHOUT_PINS, Alternative, Certificate, Layout, Plan, Prediction, Provenance, RecomputePlan
-from planner.pricing import Job, PricedLayout, Pricer
+from planner.pricing import Job, PricedLayout
 from planner.search import SearchResult
 from planner.step_parts import recompute_flops, step_parts
 from profiles.facts import canonical_json
@@ -14,7 +16,7 @@ NUM_ALTERNATIVES = 5
 
 
 def assemble(
-    pricer: Pricer,
+    placed: PlacedLayout,
     result: SearchResult,
     *,
     beside: list[tuple[str, PricedLayout]],
@@ -23,13 +25,13 @@ def assemble(
     time_limit_s: float,
     seed: int,
     command: str,
-    placement_notes: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan of the best layout found, with the labelled layouts of `beside` for comparison.
+    """The plan of the best layout found, where it lies, with the labelled layouts of `beside` for comparison.
 
     `scope` says over what the certificate holds; `free` is the search that the best without pins came from.
     """
-    job, best, timeline = pricer.job, result.ranked[0], result.ranked[0].timeline
+    pricer, best = placed.pricer, placed.priced
+    job, timeline = pricer.job, best.timeline
     flops = job.profile.model.step_flops(job.global_batch_size, job.sequence_length)
     return Plan(
         model=job.profile.model,
@@ -37,7 +39,7 @@ def assemble(
         sequence_length=job.sequence_length,
         global_batch_size=job.global_batch_size,
         precision=job.precision,
-        layout=_layout(best),
+        layout=_layout(best, placed.devices),
         stages=best.cut.stages,
         family=best.family,
         schedule=best.schedule.to_lines(),
@@ -69,7 +71,7 @@ def assemble(
             )
             for label, priced in beside
         ),
-        placement_notes=placement_notes,
+        placement_notes=placed.notes,
         provenance=Provenance(
             pipewright_version=version("pipewright"),
             command=command,
@@ -108,11 +110,12 @@ def runners_up(result: SearchResult) -> list[PricedLayout]:
 def _certificate(
     best: PricedLayout, result: SearchResult, scope: str, schedule_bound_us: float, time_limit_s: float, seed: int
 ) -> Certificate:
-    gap = (best.step_us - result.lower_bound_us) / best.step_us
+    bound_us = min(result.lower_bound_us, best.step_us)  # it may lie better on its devices than the search took
+    gap = (best.step_us - bound_us) / best.step_us
     return Certificate(
         objective_us=best.step_us,
-        lower_bound_us=result.lower_bound_us,
-        lower_bound_kind=f"step-time floor over {scope}",
+        lower_bound_us=bound_us,
+        lower_bound_kind=f"step-time floor over {scope}, devices in order",
         gap=gap,
         status="optimal" if gap == 0 else "feasible",
         schedule_solver=best.solver,
@@ -142,7 +145,7 @@ def _repeated_flops(job: Job, priced: PricedLayout) -> float:
     return recompute_flops(job.profile.model, priced.cut.recompute_of_layer, tokens, job.sequence_length)
 
 
-def _layout(priced: PricedLayout) -> Layout:
+def _layout(priced: PricedLayout, devices: Sequence[int] | None = None) -> Layout:
     c, layers = priced.candidate, priced.cut.recompute_of_layer
     blocks = set(layers[1:-1]) or {"none"}
     recompute: RecomputePlan = blocks.pop() if len(blocks) == 1 else "mixed"
@@ -162,7 +165,7 @@ def _layout(priced: PricedLayout) -> Layout:
         recompute_of_layer=layers if recompute == "mixed" else (),
         layers_per_stage=priced.cut.layers_per_stage,
         rank_of_stage=priced.cut.rank_of_stage,
-        devices=tuple(range(c.tp * c.pp * c.dp * c.cp)),
+        devices=tuple(range(c.tp * c.pp * c.dp * c.cp) if devices is None else devices),
     )
 
 

@@ -152,16 +152,16 @@ class StepFloor:
     # bounds of all ranks together
 
     def _chain_us(self, splits_backward: bool) -> float:
-        """One microbatch passes all stages forth and back, and the others pass the largest stage besides.
+        """One microbatch passes all layers forth and back; and all of them pass each layer.
 
-        Between the first F and the last B of a stage lie all its F and B, before that the F of every stage before it,
-        after that their B. Of S stages, one has at least ⌈(L − 2) / S⌉ blocks.
+        Between the first F and the last B of a layer lie all its F and B, before that the F of the layers before it,
+        after that their B.
         """
-        c, totals, blocks = self.candidate, self.totals, self.layers[1:-1]
-        passed = [b.forward_us + (b.backward_us if splits_backward else b.fused_us) for b in blocks]
-        largest_us = -(-len(blocks) // c.num_stages) * min(passed, default=0.0)
-        through_us = totals.forward_us + (totals.backward_us if splits_backward else totals.fused_us)
-        return through_us + 2 * (c.pp - 1) * self.hop_us + (self._m - 1) * largest_us
+        back = self._inward if splits_backward else self._fused
+        through_us = self._forward[-1] + back[-1] + 2 * (self.candidate.pp - 1) * self.hop_us
+        ends = zip(pairwise(self._forward), pairwise(back), strict=True)
+        passing = (f0 + b0 + self._m * (f1 - f0 + b1 - b0) for (f0, f1), (b0, b1) in ends)
+        return max(through_us, *passing)
 
     def _memory_us(self) -> float:
         """Bytes × lifetime of all microbatches fit in the room × makespan, at the cost of recomputing what does not.
@@ -227,17 +227,23 @@ class StepFloor:
             lambda layer: max(0.0, m * layer.work_us + rate * layer.state_bytes - layer.backward_us)
         )
 
+    @cached_property
+    def _least_block(self) -> tuple[LayerFloor, float, float]:
+        """The least of everything over the blocks; of what follows the last backward; of m · (work − F)."""
+        blocks = self.layers[1:-1]
+        after_us = max(0.0, min(map(self._after_us, blocks)))
+        return _least(blocks), after_us, self._m * min(layer.work_us - layer.forward_us for layer in blocks)
+
     def _deals_chunks(self, left: float, splits_backward: bool) -> bool:
         """Whether the ranks can hold all blocks between them, each as many whole ones as its time allows."""
-        m, blocks = self._m, self.layers[1:-1]
-        if not blocks:
+        m, num_blocks = self._m, len(self.layers) - 2
+        if num_blocks < 1:
             return True
-        least = _least(blocks)
-        each_us = m * least.work_us + (max(0.0, min(map(self._after_us, blocks))) if self._alike else 0.0)
+        least, after_us, after_forward_us = self._least_block
+        each_us = m * least.work_us + (after_us if self._alike else 0.0)
         head_us = least.forward_us + self.hop_us
         tail_us = (least.backward_us if splits_backward else least.fused_us) + self.hop_us
         passed_us = m * (least.forward_us + (least.backward_us if splits_backward else least.fused_us))
-        after_forward_us = m * min(layer.work_us - layer.forward_us for layer in blocks)
         wait_us = self.totals.forward_us + (self.candidate.pp - 1) * self.hop_us
         rate = self._forward_us_per_byte
         in_memory = self._alike and math.isfinite(rate) and math.isfinite(self.capacity_bytes)
@@ -254,7 +260,7 @@ class StepFloor:
                     most = min(most, kept / (m * least.work_us + rate * least.state_bytes))
             held += max(0, math.floor(most + 1e-9))
             total += max(0.0, room)
-        return held >= len(blocks) and total >= max(self._work[-1], 0.0 if self._load is None else self._load[-1])
+        return held >= num_blocks and total >= max(self._work[-1], 0.0 if self._load is None else self._load[-1])
 
 
 def total(layers: Sequence[LayerFloor]) -> LayerFloor:

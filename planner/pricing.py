@@ -20,7 +20,15 @@ from planner.schedule.actions import Schedule, keep_together
 from planner.schedule.families import Family
 from planner.schedule.residency import held_at_fullest, peak_in_flight, peak_per_rank
 from planner.schedule.simulation import Timeline, simulate
-from planner.traffic import Spans, StepTraffic, optimizer_us, sharded_layers, step_traffic
+from planner.traffic import (
+    Spans,
+    StepTraffic,
+    boundary_us,
+    optimizer_us,
+    sharded_layers,
+    step_overhead_us,
+    step_traffic,
+)
 from profiles.cluster import Cluster
 from profiles.collectives import Fabric
 from profiles.model import BYTES_PER_ELEMENT, Dtype, LayerProfile, ModelProfile, Recompute
@@ -157,7 +165,8 @@ class PricedLayout:
 class Pricer:
     """Prices candidates of one job."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, spans: Mapping[tuple[int, ...], Spans] | None = None) -> None:
+        """`spans`: how the groups of some candidates lie, by `span_key`, where that is not the usual order."""
         self.job = job
         links = job.profile.links if job.cluster.num_nodes == 1 else None
         self.fabric = (
@@ -172,10 +181,10 @@ class Pricer:
         ]
         self._ranks: dict[int, tuple[int, ...]] = {}
         self.known_variants = frozenset(job.profile.variants)
-        self._options: dict[Candidate, LayerOptions] = {}
+        self._options: dict[tuple[Candidate, int | None, bool], LayerOptions] = {}
         self._floors: dict[tuple[int, ...], tuple[tuple[LayerFloor, ...], LayerFloor]] = {}
         self._traffic: dict[tuple[object, ...], StepTraffic] = {}
-        self._spans: dict[tuple[object, ...], Spans] = {}
+        self._spans: dict[tuple[int, ...], Spans] = dict(spans or {})
 
     # what a candidate is made of
 
@@ -223,32 +232,35 @@ class Pricer:
 
     def options(self, candidate: Candidate, group: int | None = None) -> LayerOptions:
         """The costs of every layer, in order, under each choice, on the slowest devices or those of one node group."""
-        key = candidate._replace(pp=1, dp=candidate.dp * candidate.pp, virtual_stages=1, num_microbatches=group or 0)
-        same_spans = candidate.zero_stage < 2 and candidate.ep == candidate.cp == 1
-        if same_spans:
-            key = key._replace(dp=1, zero_stage=0, shard_degree=1)
-        else:
-            key = candidate._replace(virtual_stages=1, num_microbatches=-1 if group is None else group)
+        shared = self.job.profile.model.tied_embeddings and (candidate.pp == 1 or candidate.virtual_stages > 1)
+        alike = candidate._replace(virtual_stages=1, num_microbatches=1)
+        if candidate.zero_stage < 2 and candidate.ep == candidate.cp == 1:  # nothing is sent that depends on the rest
+            alike = alike._replace(pp=1, dp=1, zero_stage=0, shard_degree=1)
+        key = alike, group, shared
         if key not in self._options:
             job, spans = self.job, self.spans(candidate)
             profile = job.profile if group is None else job.profiles[group]
             names = self.choices(candidate)
-            layers = tuple(
-                sharded_layers(
-                    profile.at(candidate.variant(job.sequence_length, job.dtype, name)),
-                    candidate,
-                    self.fabric,
-                    spans,
-                    job.precision,
-                )
-                for name in names
-            )
-            self._options[key] = LayerOptions(names, layers)
+            layers = []
+            for name in names:
+                own = profile.at(candidate.variant(job.sequence_length, job.dtype, name))
+                if shared:
+                    own[-1] = self._without_matrix(own[-1])
+                layers.append(sharded_layers(own, candidate, self.fabric, spans, job.precision))
+            self._options[key] = LayerOptions(names, tuple(layers))
         return self._options[key]
 
+    def _without_matrix(self, head: LayerProfile) -> LayerProfile:
+        """A tied head beside the embedding, on the same device: the matrix is there already."""
+        spec = self.job.profile.model
+        norm = spec.hidden_size * BYTES_PER_ELEMENT[self.job.dtype] * (2 if spec.norm == "layernorm" else 1)
+        left = min(norm, head.parameter_bytes)
+        share = left / head.parameter_bytes if head.parameter_bytes else 1.0
+        return head.model_copy(update={"parameter_bytes": left, "optimizer_us": head.optimizer_us * share})
+
     def spans(self, candidate: Candidate) -> Spans:
-        """How its groups lie when devices are taken in order."""
-        key = (*candidate.degrees, candidate.shard_degree)
+        """How its groups lie: devices in order, unless told otherwise."""
+        key = span_key(candidate)
         if key not in self._spans:
             self._spans[key] = Spans.packed(candidate, self.fabric)
         return self._spans[key]
@@ -258,7 +270,12 @@ class Pricer:
         key = (*candidate.degrees, candidate.zero_stage, candidate.shard_degree)
         if key not in self._traffic:
             self._traffic[key] = step_traffic(
-                candidate, self.fabric, self.spans(candidate), self.job.precision, overlaps=self.job.overlaps
+                candidate,
+                self.fabric,
+                self.spans(candidate),
+                self.job.precision,
+                overlaps=self.job.overlaps,
+                overhead_us=self.overhead_us(candidate),
             )
         return self._traffic[key]
 
@@ -266,7 +283,11 @@ class Pricer:
         """From one pipeline rank to the next."""
         if self._point_to_point is not None:
             return self._point_to_point.transfer_us(num_bytes)
-        return self.fabric.pass_on_us(num_bytes, self.spans(candidate).pp)
+        return boundary_us(num_bytes, candidate, self.fabric, self.spans(candidate))
+
+    def overhead_us(self, candidate: Candidate) -> float:
+        """What every step takes beside all that is priced; nothing where costs were measured on the machine itself."""
+        return 0.0 if self.job.profile.origin.kind == "measured" else step_overhead_us(candidate)
 
     # bounds
 
@@ -309,7 +330,7 @@ class Pricer:
     def least_bytes(self, candidate: Candidate) -> int:
         """What all ranks of a replica together hold at least: model states and one microbatch."""
         options = self.options(candidate)
-        held = sum(min(layer.activation_bytes for layer in same) for same in zip(*options.layers, strict=True))
+        held: int = sum(min(layer.activation_bytes for layer in same) for same in zip(*options.layers, strict=True))
         return self.states_bytes(candidate, options.base) + held
 
     # cuts
@@ -403,6 +424,9 @@ class Pricer:
     ) -> Cut:
         """These cuts, priced stage by stage; `choices` says what each layer recomputes, by index."""
         layers = self.options(candidate).chosen(choices)
+        tied = self.job.profile.model.tied_embeddings
+        if tied and candidate.virtual_stages > 1 and placement[0] != placement[-1]:
+            layers = (*layers[:-1], self.options(candidate._replace(virtual_stages=1)).base[-1])
         if len(self.job.profiles) > 1:
             groups, ends = self.group_of_rank(candidate.pp), (0, *cuts, len(layers))
             own = [self.options(candidate, group).chosen(choices) for group in range(len(self.job.profiles))]
@@ -434,6 +458,13 @@ class Pricer:
         if solution.cuts is None:
             return None
         return self.price_order(self.cut(candidate, solution.cuts, placement, solution.choices), family)
+
+    def price_least(self, candidate: Candidate, family: Family) -> PricedLayout:
+        """Cut by time alone, everything recomputed that can be: what memory it takes when nothing fits."""
+        placement = family.placement(candidate.pp, candidate.virtual_stages)
+        cuts = self.even_cuts(candidate, placement, splits_backward=family.splits_backward)
+        choices = [len(self.choices(candidate)) - 1] * len(self.options(candidate).base)
+        return self.price_order(self.cut(candidate, cuts, placement, choices), family)
 
     def even_cuts(self, candidate: Candidate, placement: tuple[int, ...], *, splits_backward: bool) -> tuple[int, ...]:
         """The cuts that are best by time alone, every stage for itself."""
@@ -596,6 +627,11 @@ class Pricer:
             )
             bounds.append(float(best_bound(problem).value_us))
         return min(bounds)
+
+
+def span_key(candidate: Candidate) -> tuple[int, ...]:
+    """What decides how a candidate's groups may lie."""
+    return (*candidate.degrees, candidate.shard_degree)
 
 
 def _columns(

@@ -32,6 +32,8 @@ _PRICING_SHARE = 0.5  # of the time limit; what is left goes to solver-made orde
 _ORDERING_SHARE = 0.7
 _SECOND_TRY_SHARE = 0.75
 _POLISH_SHARE = 0.93
+_NUM_FIRST = 60  # candidates of least quick floor that are looked at before anything else
+_NUM_FIRST_PRICED = 4
 _ORDER_S = 1.0  # for one solver-made order of an open candidate
 _GRACE_S = 10.0  # beyond the limit, to find any layout at all
 _TOLERANCE = 1e-9
@@ -209,13 +211,15 @@ class _Search:
         if need <= sum(self.pricer.capacities(candidate)):
             return False
         share = need / candidate.pp
-        self._note_miss(share, f"{_named(candidate)} needs at least {_gib(share)} per device")
+        miss = f"{_named(candidate)} needs at least {_gib(share)} per device, on average over its pipeline ranks"
+        self._note_miss(share, miss)
         return True
 
     # pricing
 
     def _price(self) -> None:
         """Price candidates in the order of their floors, order what may still win by solver, try the rest again."""
+        self._price_a_few()
         priced: list[_Node] = []
         undecided: list[_Node] = []
         while self.queue and self.queue[0][0] < self._cutoff_us() * (1 - _TOLERANCE):
@@ -240,6 +244,12 @@ class _Search:
             self._report("pricing layouts")
         self._order(priced)
         self._try_all_again(undecided)
+
+    def _price_a_few(self) -> None:
+        """A first answer, so that most candidates need no floor but the quick one."""
+        first = [node for _, _, node in heapq.nsmallest(_NUM_FIRST, self.queue, key=lambda entry: entry[:2])]
+        for node in sorted(first, key=lambda node: node.floor_us)[:_NUM_FIRST_PRICED]:
+            self._price_families(node)
 
     def _order(self, nodes: Sequence[_Node]) -> None:
         """Solver-made orders of whole candidates, least floor first: cut evenly, nothing recomputed if that can be."""
@@ -286,6 +296,8 @@ class _Search:
             priced = self.pricer.price_family(node.candidate, family)
             settled |= self._keep(priced)
             impossible &= priced is None
+            if priced is None and not self.best:
+                self._keep(self.pricer.price_least(node.candidate, family))  # to name the rank that overflows
         if settled:
             return _Outcome.SETTLED
         return _Outcome.IMPOSSIBLE if impossible and not node.solvers_may_order else _Outcome.UNDECIDED
@@ -378,15 +390,17 @@ class _Search:
         if not self.best:
             return
         answer = self._ranked()[0].candidate.degrees
-        of_degrees: dict[tuple[int, ...], list[_Node]] = {}
-        for _, _, node in sorted(self.queue, key=lambda entry: entry[:2]):
-            of_degrees.setdefault(node.candidate.degrees, []).append(node)
+        of_degrees: dict[tuple[int, ...], list[tuple[float, _Node]]] = {}
+        for quick, _, node in sorted(self.queue, key=lambda entry: entry[:2]):
+            of_degrees.setdefault(node.candidate.degrees, []).append((quick, node))
         others = [degrees for degrees in of_degrees if degrees != answer]  # in the order of their least floors
         for degrees in others[:NUM_RUNNERS_UP]:
-            for node in of_degrees[degrees]:
+            for quick, node in of_degrees[degrees]:
                 known = [priced.step_us for candidate, priced in self.best.items() if candidate.degrees == degrees]
-                if node.floor_us >= min(known, default=math.inf):
+                if quick >= min(known, default=math.inf):
                     break
+                if node.floor_us >= min(known, default=math.inf):
+                    continue
                 if self._elapsed_s() > self.time_limit_s or self.result.interrupted:
                     return
                 for family in node.families:
@@ -453,7 +467,7 @@ class _Search:
     def _refuse(self) -> None:
         cluster, result = self.job.cluster, self.result
         usable = _gib(self.pricer.capacity_bytes)
-        reasons = [f"{count} {reason}" for reason, count in (self.space.dropped | result.refused).items()]
+        reasons = [f"{count} {reason}" for reason, count in (self.space.dropped | result.refused).items() if count]
         if result.num_overflowing:
             reasons.append(f"{result.num_overflowing} do not fit in memory however they are cut")
         if self.open or self.queue:

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import log2
 
 from planner.plans import TimeParts
 from planner.pricing import PricedLayout, Pricer
 from planner.schedule.actions import Kind
-from planner.traffic import STEP_US, STEP_US_PER_DOUBLING, sharded_layers
+from planner.traffic import sharded_layers
 from profiles.analytic import profile_model
 from profiles.cluster import DeviceSpec, Link
 from profiles.collectives import Fabric, Span
@@ -34,8 +33,7 @@ def step_parts(pricer: Pricer, priced: PricedLayout) -> TimeParts:
         weights_us = experts_us = context_us = tensor_us = recompute_us = 0.0
         compute_us = busy_us
     c = priced.candidate
-    overhead_us = STEP_US + STEP_US_PER_DOUBLING * log2(c.tp * c.pp * c.dp * c.cp)
-    overhead_us = min(overhead_us, max(0.0, priced.data_parallel_us))
+    overhead_us = min(pricer.overhead_us(c), max(0.0, priced.data_parallel_us))
     return TimeParts(
         compute_us=compute_us,
         recompute_us=recompute_us,

@@ -96,17 +96,28 @@ class StepTraffic:
         return self.fixed_us + max(self.shown_share * busy_us, busy_us - self.hidden_us(forward_us, backward_us))
 
 
+def step_overhead_us(candidate: Candidate) -> float:
+    """What a step takes beside all that is priced, on as many devices as the candidate uses."""
+    return STEP_US + STEP_US_PER_DOUBLING * log2(candidate.tp * candidate.pp * candidate.dp * candidate.cp)
+
+
 def step_traffic(
-    candidate: Candidate, fabric: Fabric, spans: Spans, precision: Precision, *, overlaps: bool
+    candidate: Candidate,
+    fabric: Fabric,
+    spans: Spans,
+    precision: Precision,
+    *,
+    overlaps: bool,
+    overhead_us: float | None = None,
 ) -> StepTraffic:
-    """What one rank sends once per step."""
+    """What one rank sends once per step, and `overhead_us` (None: `step_overhead_us`)."""
     fixed, slopes = 0.0, []
     for shard, replicas in ((spans.shard, spans.replicas), (spans.expert_shard, spans.expert_replicas)):
         at_zero = _reduction_us(0.0, candidate, fabric, shard, replicas, precision)
         fixed = max(fixed, at_zero)
         per = 1e9
         slopes.append((_reduction_us(per, candidate, fabric, shard, replicas, precision) - at_zero) / per)
-    fixed += STEP_US + STEP_US_PER_DOUBLING * log2(candidate.tp * candidate.pp * candidate.dp * candidate.cp)
+    fixed += step_overhead_us(candidate) if overhead_us is None else overhead_us
     share = 1.0 if overlaps else 0.0
     return StepTraffic(fixed, slopes[0], slopes[1], share if candidate.zero_stage in (1, 2) else 0.0, share)
 

@@ -55,7 +55,7 @@ class Fabric:
         inside = min((group.intra_node for group in cluster.groups), key=achieved_bytes_per_s)
         per_node = min(group.devices_per_node for group in cluster.groups)
         per_pod = min(cluster.nodes_per_pod or cluster.num_nodes, cluster.num_nodes)
-        sizes, links = [per_node, per_pod], [inside, cluster.inter_node]
+        sizes, links = [per_node, per_pod], [inside, cluster.narrowest_uplink]
         if cluster.inter_pod is not None:
             sizes.append(ceil(cluster.num_nodes / per_pod))
             links.append(cluster.inter_pod)

@@ -62,7 +62,7 @@ class Groups:
 
 
 def refuse_unsupported(layout: Layout) -> None:
-    """ExecutionError for degrees this executor cannot run."""
+    """ExecutionError for what of a layout this executor cannot run."""
     for axis in ("tp", "cp", "ep"):
         degree = getattr(layout, axis)
         if degree > 1:
@@ -70,6 +70,16 @@ def refuse_unsupported(layout: Layout) -> None:
                 f"{axis}={degree} is not yet run by this executor, which runs pp × dp; "
                 f"plan with {axis}=1 to run here, or export the plan ({layout.degrees})"
             )
+    if layout.zero_stage > 1 or (layout.zero_stage == 1 and layout.shard_degree != layout.dp):
+        raise ExecutionError(
+            f"ZeRO stage {layout.zero_stage} over {layout.shard_degree} of {layout.dp} data-parallel processes is not "
+            "yet run by this executor; plan with zero_stage 0, or 1 over all of them, to run here"
+        )
+    if "selective" in (layout.recompute, *layout.recompute_of_layer):
+        raise ExecutionError(
+            "selective recomputation is not run by this executor, whose layers recompute whole or not at all; "
+            "plan with recompute none or full to run here"
+        )
 
 
 def connect(layout: Layout, device: torch.device | None, backend: str | None, timeout: timedelta) -> Groups:

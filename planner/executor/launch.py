@@ -69,7 +69,7 @@ def run_plan(
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
     plan = Plan.load(plan_path)
-    chosen = _refuse_what_cannot_run(plan, device)
+    chosen = _refuse_what_cannot_run(plan, device, dtype)
     with tempfile.TemporaryDirectory(prefix="pipewright-run-") as path:
         job = JobDirectory(path)
         plan.save(job.plan)
@@ -98,7 +98,9 @@ def run_plan(
     return _report(plan, request, results, reference)
 
 
-def _refuse_what_cannot_run(plan: Plan, device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+def _refuse_what_cannot_run(
+    plan: Plan, device: Literal["auto", "cpu", "cuda"], dtype: Dtype | None
+) -> Literal["cpu", "cuda"]:
     """Say here, before any process starts, what every process would say. Returns the device to run on."""
     if plan.architecture is None:
         raise ExecutionError(
@@ -108,6 +110,10 @@ def _refuse_what_cannot_run(plan: Plan, device: Literal["auto", "cpu", "cuda"]) 
         )
     layout = plan.layout
     refuse_unsupported(layout)
+    if (dtype or plan.dtype) == "float8":
+        raise ExecutionError(
+            "the bundled models do not compute in float8; run the plan in another dtype, like bfloat16"
+        )
     check_schedule(
         plan.parsed_schedule,
         num_stages=layout.num_stages,

@@ -86,7 +86,8 @@ class Pipeline:
         self.device = self._groups.device
         program = rank_program(schedule, self.coordinates.pipeline_rank)
         # As the profile counts it: blocks are recomputed, the embedding and the head are not.
-        recompute = range(1, len(layers) - 1) if layout.recompute == "full" else ()
+        every = layout.recompute_of_layer or (layout.recompute,) * len(layers)
+        recompute = {index for index in range(1, len(layers) - 1) if every[index] == "full"}
         stages = {}
         for index in program.stages:
             first, end = bounds[index], bounds[index + 1]

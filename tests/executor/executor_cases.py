@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from planner.plans import Certificate, Layout, Plan, Prediction, Provenance, RankMemory, StageCosts
+from planner.plans import Certificate, Layout, Plan, Precision, Prediction, Provenance, RankMemory, StageCosts
 from planner.schedule.actions import Action, Kind, Schedule
 from profiles.model import Dtype, ModelSpec
 
@@ -76,7 +76,7 @@ def make_plan(
         architecture=architecture,
         sequence_length=sequence_length,
         global_batch_size=micro_batch_size * schedule.num_microbatches * dp,
-        dtype=dtype,
+        precision=Precision.of(dtype),
         layout=Layout(
             tp=tp,
             pp=p,
@@ -85,6 +85,7 @@ def make_plan(
             micro_batch_size=micro_batch_size,
             num_microbatches=schedule.num_microbatches,
             zero_stage=zero_stage,
+            shard_degree=dp if zero_stage else 1,
             recompute=recompute,
             layers_per_stage=layers_per_stage,
             rank_of_stage=tuple(rank_of_stage or [home[s] for s in range(num_stages)]),

@@ -193,6 +193,19 @@ def test_a_tensor_parallel_plan_is_refused():
         Pipeline(plan, LAYERS, loss_fn)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_stage": 3, "dp": 2}, r"ZeRO stage 3 over 2 of 2 data-parallel processes is not yet run"),
+        ({"recompute": "selective"}, r"selective recomputation is not run by this executor"),
+    ],
+)
+def test_layouts_for_other_engines_are_refused(changes, message):
+    plan = make_plan(get_family("1f1b").generate(2, 2, 1), **changes)
+    with pytest.raises(ExecutionError, match=message):
+        Pipeline(plan, LAYERS, loss_fn)
+
+
 def test_a_schedule_that_cannot_run_is_refused_before_anything_runs():
     deadlocked = Schedule.from_lines(["F0.0 BW0.0 F0.1 BW0.1", "F1.0 F1.1 BW1.0 BW1.1"])
     with pytest.raises(ScheduleError, match="deadlock"):
