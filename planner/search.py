@@ -250,6 +250,7 @@ class _Search:
         first = [node for _, _, node in heapq.nsmallest(_NUM_FIRST, self.queue, key=lambda entry: entry[:2])]
         for node in sorted(first, key=lambda node: node.floor_us)[:_NUM_FIRST_PRICED]:
             self._price_families(node)
+            self._report("pricing layouts")
 
     def _order(self, nodes: Sequence[_Node]) -> None:
         """Solver-made orders of whole candidates, least floor first: cut evenly, nothing recomputed if that can be."""
