@@ -64,7 +64,7 @@ def test_experts_are_spread_over_the_copies_of_their_layers():
     assert all(c.dp * c.cp % c.ep == 0 for c in candidates)
     with pytest.raises(LayoutError, match="ep=3 does not divide the 8 experts of 'mixtral-8x7b'"):
         enumerate_space(dims, Pins(ep=3))
-    with pytest.raises(LayoutError, match="ep=2: model 'llama-3.1-8b' has no experts"):
+    with pytest.raises(LayoutError, match=r"ep=2: model .llama-3\.1-8b. has no experts"):
         space(ep=2)
 
 
