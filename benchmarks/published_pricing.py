@@ -6,8 +6,9 @@ from itertools import accumulate
 from published_fields import Row, UnpricedError, stated
 from published_rows import Run, run_of
 
+from planner.candidate_costs import Job
 from planner.memory import observed_bytes
-from planner.pricing import Job, PricedLayout, Pricer
+from planner.pricing import PricedLayout, Pricer
 from planner.schedule.families import FAMILIES
 from profiles.analytic import profile_model
 from profiles.collectives import Fabric

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from hashlib import sha256
 from importlib.metadata import version
 
+from planner.candidate_costs import Job
 from planner.memory import RESERVE_FRACTION
 from planner.placing import PlacedLayout
 from planner.plans import WITHOUT_PINS, Alternative, Certificate, Layout, Plan, Prediction, Provenance, RecomputePlan
-from planner.pricing import Job, PricedLayout
+from planner.pricing import PricedLayout
 from planner.search import SearchResult
 from planner.step_parts import recompute_flops, step_parts
 from profiles.facts import canonical_json

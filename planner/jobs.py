@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from planner.candidate_costs import Job
 from planner.errors import LayoutError
 from planner.layout import Candidate, Dimensions, Pins, enumerate_space
 from planner.plans import Precision
-from planner.pricing import Job
 from profiles.analytic import profile_model
 from profiles.cluster import Cluster
 from profiles.collectives import Fabric

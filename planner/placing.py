@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
-from planner.pricing import PricedLayout, Pricer, span_key
+from planner.candidate_costs import span_key
+from planner.pricing import PricedLayout, Pricer
 from planner.topology import place
 from planner.traffic import boundary_us, step_traffic
 from profiles.collectives import Span

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict
 
+from planner.candidate_costs import Job
 from planner.errors import LayoutError
 from planner.jobs import default_dtype, prepare
 from planner.layout import Degrees, Dimensions, Pins, Space, enumerate_space
 from planner.plans import Precision, RecomputePlan
-from planner.pricing import Job, PricedLayout, Pricer
+from planner.pricing import PricedLayout, Pricer
 from planner.schedule.families import get_family
 from planner.search import SearchProgress, SearchResult, search
 from profiles.catalog import load_cluster, load_model_spec

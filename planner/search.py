@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
 
+from planner.candidate_costs import Job
+from planner.cutting import Cut
 from planner.errors import InfeasibleError
 from planner.floor import StepFloor
 from planner.layout import Candidate, Pins, Space
-from planner.pricing import Cut, Job, PricedLayout, Pricer, held_per_rank
+from planner.pricing import PricedLayout, Pricer, held_per_rank
 from planner.schedule.families import FAMILIES, Family
 from planner.schedule.families.base import round_robin, vee
 from solvers.pipeline import PipelineSolution

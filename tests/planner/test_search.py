@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.candidate_costs import Job
 from planner.errors import InfeasibleError
 from planner.layout import Dimensions, Pins, enumerate_space
 from planner.plans import Precision
-from planner.pricing import Job, Pricer
+from planner.pricing import Pricer
 from planner.schedule.actions import keep_together
 from planner.schedule.families import FAMILIES
 from planner.search import search
