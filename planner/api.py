@@ -7,7 +7,7 @@ from typing import Any, Literal
 from planner.assembly import NUM_ALTERNATIVES, assemble, next_best, runners_up
 from planner.errors import InfeasibleError, LayoutError, PlanError, ScheduleError
 from planner.layout import Degrees
-from planner.placing import place_layout
+from planner.placing import place_best, place_layout
 from planner.plans import WITHOUT_PINS, Plan, Precision, RecomputePlan
 from planner.pricing import PricedLayout
 from planner.questions import OnProgress, PlanArguments, Question, ask, check_time_limit
@@ -126,6 +126,7 @@ def solve(
     result = question.search(
         time_limit_s * share, seed=seed, num_best=max(1, top), known=known, on_progress=on_progress
     )
+    placed = place_best(question.pricer, result.ranked, seed=seed)
     beside = [("", priced) for priced in (next_best(result, top - 1) if top else runners_up(result)[:NUM_ALTERNATIVES])]
     free = None
     if pinned and not result.interrupted:
@@ -135,10 +136,11 @@ def solve(
         result.interrupted |= free.interrupted
         result.limited_by_time |= free.limited_by_time
         beside = [(WITHOUT_PINS, free.ranked[0]), *(beside if top else _others(result.ranked[0], free))]
+    others = [(label, place_layout(question.pricer, priced, seed=seed)) for label, priced in beside]
     return assemble(
-        place_layout(question.pricer, result.ranked[0], seed=seed),
+        placed,
         result,
-        beside=beside,
+        beside=others,
         free=free,
         scope=question.scope,
         time_limit_s=time_limit_s,

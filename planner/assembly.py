@@ -20,7 +20,7 @@ def assemble(
     placed: PlacedLayout,
     result: SearchResult,
     *,
-    beside: list[tuple[str, PricedLayout]],
+    beside: list[tuple[str, PlacedLayout]],
     free: SearchResult | None = None,
     scope: str,
     time_limit_s: float,
@@ -62,15 +62,17 @@ def assemble(
         alternatives=tuple(
             Alternative(
                 label=label,
-                layout=_layout(priced).degrees,
-                family=priced.family,
-                step_time_us=priced.step_us,
-                mfu=_mfu(job, flops, priced.step_us),
-                peak_memory_bytes=priced.peak_memory_bytes,
-                parts=step_parts(pricer, priced),
-                gap=1 - free.lower_bound_us / priced.step_us if free is not None and label == WITHOUT_PINS else None,
+                layout=_layout(other.priced).degrees,
+                family=other.priced.family,
+                step_time_us=other.priced.step_us,
+                mfu=_mfu(job, flops, other.priced.step_us),
+                peak_memory_bytes=other.priced.peak_memory_bytes,
+                parts=step_parts(other.pricer, other.priced),
+                gap=1 - free.lower_bound_us / other.priced.step_us
+                if free is not None and label == WITHOUT_PINS
+                else None,
             )
-            for label, priced in beside
+            for label, other in beside
         ),
         placement_notes=placed.notes,
         provenance=Provenance(

@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from planner.cost import least_work_us, slowest_group, smallest_device
 from planner.floor import LayerFloor, StepFloor, total
@@ -67,6 +68,26 @@ class LayerOptions:
     def base(self) -> tuple[LayerProfile, ...]:
         """The layers under the first choice."""
         return self.layers[0]
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        """Weights of all layers, on one device."""
+        return sum(layer.parameter_bytes for layer in self.base)
+
+    @cached_property
+    def expert_parameter_bytes(self) -> int:
+        """Of these, experts."""
+        return sum(layer.expert_parameter_bytes for layer in self.base)
+
+    @cached_property
+    def least_activation_bytes(self) -> int:
+        """What one microbatch keeps in all layers under the choices that keep least."""
+        return sum(min(layer.activation_bytes for layer in same) for same in zip(*self.layers, strict=True))
+
+    @cached_property
+    def least_output_bytes(self) -> int:
+        """The smallest boundary tensor."""
+        return min((layer.output_bytes for layer in self.base[:-1]), default=0)
 
     def chosen(self, choices: Sequence[int] | None) -> tuple[LayerProfile, ...]:
         """Each layer under its choice; None is the first for all."""
@@ -206,8 +227,8 @@ class CandidateCosts:
         """A lower bound on every step time of this candidate."""
         speeds, fastest = self._speeds(candidate)
         options = self.options(candidate, fastest if len(self.job.profiles) > 1 else None)
-        room = sum(self.capacities(candidate)) - self.states_bytes(candidate, options.base)
-        hop_us = self.transfer_us(candidate, min((layer.output_bytes for layer in options.base[:-1]), default=0))
+        room = sum(self.capacities(candidate)) - self.all_states_bytes(candidate)
+        hop_us = self.transfer_us(candidate, options.least_output_bytes)
         layers, totals = self._layer_floors(candidate, options)
         return StepFloor(
             layers=layers,
@@ -235,14 +256,17 @@ class CandidateCosts:
         """Weights, gradients and optimizer state of these layers on one device."""
         parameters = sum(layer.parameter_bytes for layer in layers)
         experts = sum(layer.expert_parameter_bytes for layer in layers)
-        weights, gradients, optimizer = model_state_bytes(parameters, experts, candidate, self.job.precision)
-        return weights + gradients + optimizer
+        return sum(model_state_bytes(parameters, experts, candidate, self.job.precision))
+
+    def all_states_bytes(self, candidate: Candidate) -> int:
+        """The same of all layers."""
+        options = self.options(candidate)
+        parameters, experts = options.parameter_bytes, options.expert_parameter_bytes
+        return sum(model_state_bytes(parameters, experts, candidate, self.job.precision))
 
     def least_bytes(self, candidate: Candidate) -> int:
         """What all ranks of a replica together hold at least: model states and one microbatch."""
-        options = self.options(candidate)
-        held: int = sum(min(layer.activation_bytes for layer in same) for same in zip(*options.layers, strict=True))
-        return self.states_bytes(candidate, options.base) + held
+        return self.all_states_bytes(candidate) + self.options(candidate).least_activation_bytes
 
     def step_times_us(
         self, candidate: Candidate, layers: Sequence[LayerProfile], splits_backward: bool

@@ -255,6 +255,14 @@ def check_pins(dims: Dimensions, pins: Pins) -> None:
     for obstacle in obstacles:
         if obstacle is not None:
             raise LayoutError(f"{obstacle}; choose another degree for cluster {cluster.name!r}")
+    shard = pins.only("shard_degree")
+    if shard is not None and devices // ((tp or 1) * (degrees["pp"] or 1)) % shard:
+        raise LayoutError(
+            f"shard_degree={shard} divides no dp × cp of the {devices} devices of cluster {cluster.name!r}; choose one "
+            "that does"
+        )
+    if shard is not None and shard > 1 and pins.values("zero_stage") == (0,):
+        raise LayoutError(f"shard_degree={shard} with zero_stage=0, which shards nothing; pin one of them")
     _check_family(pins)
     pp, dp = degrees["pp"] or 1, degrees["dp"] or 1
     chunks, size = pins.only("virtual_stages") or 1, pins.only("micro_batch_size") or 1
@@ -384,20 +392,22 @@ def _offered(pins: Pins, name: str, usual: tuple[int, ...]) -> list[int]:
 
 
 def _sharding(dims: Dimensions, pins: Pins, tp: int, copies: int) -> list[tuple[ZeroStage, int]]:
-    """ZeRO stages with the degrees they may shard over: all copies, or those inside one node."""
-    stages: tuple[ZeroStage, ...] = (0, 1, 2, 3) if copies > 1 else (0,)
-    if copies == 1 and pins.zero_stage is not None:
-        stages = tuple(stage for stage in get_args(ZeroStage) if pins.allows("zero_stage", stage))
+    """ZeRO stages with the degrees they may shard over: all copies, or those inside one node.
+
+    With one copy there is nothing to shard: every ZeRO stage is stage 0 there.
+    """
+    pinned = pins.values("shard_degree")
+    if copies == 1:
+        return [(0, 1)] if pinned is None or 1 in pinned else []
     in_node = max(1, min(group.devices_per_node for group in dims.cluster.groups) // tp)
+    usual = {copies} | ({in_node} if 1 < in_node < copies and copies % in_node == 0 else set())
+    degrees = sorted(int(d) for d in pinned or usual if copies % int(d) == 0 and pins.allows("shard_degree", d))
     made: list[tuple[ZeroStage, int]] = []
-    for stage in stages:
+    for stage in get_args(ZeroStage):
         if not pins.allows("zero_stage", stage):
             continue
-        usual = {copies} | ({in_node} if 1 < in_node < copies and copies % in_node == 0 else set())
-        degrees = {1} if stage == 0 else set(pins.values("shard_degree") or usual)
-        made += [
-            (stage, d)
-            for d in sorted(map(int, degrees))
-            if copies % d == 0 and (stage == 0 or pins.allows("shard_degree", d))
-        ]
+        if stage == 0:
+            made += [(0, 1)] if pinned is None or 1 in pinned else []
+        else:
+            made += [(stage, degree) for degree in degrees if degree > 1]
     return made

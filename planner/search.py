@@ -34,8 +34,7 @@ _PRICING_SHARE = 0.5  # of the time limit; what is left goes to solver-made orde
 _ORDERING_SHARE = 0.7
 _SECOND_TRY_SHARE = 0.75
 _POLISH_SHARE = 0.93
-_NUM_FIRST = 60  # candidates of least quick floor that are looked at before anything else
-_NUM_FIRST_PRICED = 4
+_NUM_FIRST = 6  # candidates that are priced before anything else
 _ORDER_S = 1.0  # for one solver-made order of an open candidate
 _GRACE_S = 10.0  # beyond the limit, to find any layout at all
 _TOLERANCE = 1e-9
@@ -248,9 +247,15 @@ class _Search:
         self._try_all_again(undecided)
 
     def _price_a_few(self) -> None:
-        """A first answer, so that most candidates need no floor but the quick one."""
-        first = [node for _, _, node in heapq.nsmallest(_NUM_FIRST, self.queue, key=lambda entry: entry[:2])]
-        for node in sorted(first, key=lambda node: node.floor_us)[:_NUM_FIRST_PRICED]:
+        """A first answer, so that most candidates need no floor but the quick one.
+
+        Of each (tp, cp, pp) what people would take: most microbatches, ZeRO 1, most chunks; of these, least floors.
+        """
+        usual: dict[tuple[int, int, int], _Node] = {}
+        for _, _, node in sorted(self.queue, key=lambda entry: (_unusual(entry[2].candidate), entry[1])):
+            c = node.candidate
+            usual.setdefault((c.tp, c.cp, c.pp), node)
+        for node in sorted(usual.values(), key=lambda node: node.floor_us)[:_NUM_FIRST]:
             self._price_families(node)
             self._report("pricing layouts")
 
@@ -491,6 +496,11 @@ def _placements(candidate: Candidate) -> tuple[tuple[int, ...], ...]:
     if candidate.virtual_stages == 1:
         return (tuple(range(candidate.pp)),)
     return round_robin(candidate.pp, candidate.virtual_stages), vee(candidate.pp, candidate.virtual_stages)
+
+
+def _unusual(candidate: Candidate) -> tuple[int, int, int]:
+    """How far a candidate is from what people would try first."""
+    return -candidate.num_microbatches, abs(candidate.zero_stage - 1), -candidate.virtual_stages
 
 
 def _named(candidate: Candidate) -> str:

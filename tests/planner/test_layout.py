@@ -86,6 +86,12 @@ def test_pins_hold():
     }
 
 
+def test_a_pinned_shard_degree_is_the_only_one():
+    assert {c.shard_degree for c in space(shard_degree=4).candidates} == {4}
+    alone = space(tp=8, pp=2, cp=1, zero_stage=1).candidates  # one copy: nothing to shard
+    assert {(c.zero_stage, c.shard_degree) for c in alone} == {(0, 1)}
+
+
 def test_dropped_points_are_counted_by_reason():
     assert space().dropped["virtual stages without a pipeline"] > 0
     assert space("3x8xh100-sxm").dropped["dp does not divide the global batch size"] > 0
@@ -108,6 +114,8 @@ def test_dropped_points_are_counted_by_reason():
         ({"zero_stage": 4}, "zero_stage=4 is not known; choose one of 0, 1, 2, 3"),
         ({"recompute": "some"}, "recompute=some is not known; choose one of none, selective, full, mixed"),
         ({"dp": 0}, "dp=0: degrees and sizes are whole numbers from 1"),
+        ({"shard_degree": 3}, "shard_degree=3 divides no dp × cp of the 16 devices"),
+        ({"shard_degree": 8, "zero_stage": 0}, "shard_degree=8 with zero_stage=0, which shards nothing"),
     ],
 )
 def test_pins_that_cannot_hold_are_refused_with_their_numbers(pins, message):
