@@ -62,7 +62,7 @@ def assemble(
         alternatives=tuple(
             Alternative(
                 label=label,
-                layout=_layout(other.priced).degrees,
+                layout=_layout(other.priced, other.devices).degrees,
                 family=other.priced.family,
                 step_time_us=other.priced.step_us,
                 mfu=_mfu(job, flops, other.priced.step_us),
@@ -148,7 +148,7 @@ def _repeated_flops(job: Job, priced: PricedLayout) -> float:
     return recompute_flops(job.profile.model, priced.cut.recompute_of_layer, tokens, job.sequence_length)
 
 
-def _layout(priced: PricedLayout, devices: Sequence[int] | None = None) -> Layout:
+def _layout(priced: PricedLayout, devices: Sequence[int]) -> Layout:
     c, layers = priced.candidate, priced.cut.recompute_of_layer
     blocks = set(layers[1:-1]) or {"none"}
     recompute: RecomputePlan = blocks.pop() if len(blocks) == 1 else "mixed"
@@ -168,7 +168,7 @@ def _layout(priced: PricedLayout, devices: Sequence[int] | None = None) -> Layou
         recompute_of_layer=layers if recompute == "mixed" else (),
         layers_per_stage=priced.cut.layers_per_stage,
         rank_of_stage=priced.cut.rank_of_stage,
-        devices=tuple(range(c.tp * c.pp * c.dp * c.cp) if devices is None else devices),
+        devices=tuple(devices),
     )
 
 

@@ -12,6 +12,7 @@ from planner.floor import LayerFloor, StepFloor, total
 from planner.layout import Candidate
 from planner.memory import capacity_bytes, model_state_bytes
 from planner.plans import Precision
+from planner.topology import kind_of_rank
 from planner.traffic import (
     Spans,
     StepTraffic,
@@ -89,6 +90,11 @@ class LayerOptions:
         """The smallest boundary tensor."""
         return min((layer.output_bytes for layer in self.base[:-1]), default=0)
 
+    @cached_property
+    def boundary_bytes(self) -> int:
+        """The largest."""
+        return max((layer.output_bytes for layer in self.base[:-1]), default=0)
+
     def chosen(self, choices: Sequence[int] | None) -> tuple[LayerProfile, ...]:
         """Each layer under its choice; None is the first for all."""
         if choices is None:
@@ -110,37 +116,31 @@ class CandidateCosts:
         )
         self._point_to_point = None if links is None else links.point_to_point
         self.capacity_bytes = capacity_bytes(smallest_device(job.cluster))
-        self._group_of_device = [
-            index for index, group in enumerate(job.cluster.groups) for _ in range(group.num_devices)
-        ]
-        self._ranks: dict[int, tuple[int, ...]] = {}
+        self._kinds: dict[int, tuple[tuple[int, ...], list[int]]] = {}
         self.known_variants = frozenset(job.profile.variants)
         self._options: dict[tuple[Candidate, int | None, bool], LayerOptions] = {}
         self._floors: dict[tuple[int, ...], tuple[tuple[LayerFloor, ...], LayerFloor]] = {}
         self._traffic: dict[tuple[object, ...], StepTraffic] = {}
         self._spans: dict[tuple[int, ...], Spans] = dict(spans or {})
 
-    def group_of_rank(self, pp: int) -> tuple[int, ...]:
+    def group_of_rank(self, candidate: Candidate) -> tuple[int, ...]:
         """The node group of every pipeline rank, devices taken in order, shape (pp,); of several, the slowest."""
-        if len(self.job.cluster.groups) == 1:
-            return (0,) * pp
-        if pp not in self._ranks:
-            each, groups = len(self._group_of_device) // pp, self.job.cluster.groups
-            rates = [g.device.peak_flops.get(self.job.dtype, 0.0) * g.device.matmul_efficiency for g in groups]
-            self._ranks[pp] = tuple(
-                min(set(self._group_of_device[rank * each : (rank + 1) * each]), key=lambda index: rates[index])
-                for rank in range(pp)
-            )
-        return self._ranks[pp]
+        return self._kinds_and_rooms(candidate)[0]
 
     def capacities(self, candidate: Candidate) -> list[int]:
         """What a process of each pipeline rank may use, in bytes, shape (pp,)."""
-        groups = self.job.cluster.groups
-        if len(groups) == 1:
-            return [self.capacity_bytes] * candidate.pp
-        each, rooms = len(self._group_of_device) // candidate.pp, [capacity_bytes(g.device) for g in groups]
-        ranks = range(candidate.pp)
-        return [min(rooms[i] for i in set(self._group_of_device[r * each : (r + 1) * each])) for r in ranks]
+        return self._kinds_and_rooms(candidate)[1]
+
+    def _kinds_and_rooms(self, candidate: Candidate) -> tuple[tuple[int, ...], list[int]]:
+        if candidate.pp not in self._kinds:
+            cluster, dtype = self.job.cluster, self.job.dtype
+            rates = [g.device.peak_flops.get(dtype, 0.0) * g.device.matmul_efficiency for g in cluster.groups]
+            rooms = [capacity_bytes(group.device) for group in cluster.groups]
+            slowest, smallest = (
+                kind_of_rank(candidate, cluster, range(cluster.num_devices), least) for least in (rates, rooms)
+            )
+            self._kinds[candidate.pp] = slowest, [rooms[group] for group in smallest]
+        return self._kinds[candidate.pp]
 
     def _speeds(self, candidate: Candidate) -> tuple[tuple[float, ...], int]:
         """How fast the devices of each rank are against the fastest group (at most 1), and which group that is."""
@@ -152,7 +152,7 @@ class CandidateCosts:
             min(1.0, max(least_work_us(f) / least_work_us(o) for f, o in zip(all_options[fastest], own, strict=True)))
             for own in all_options
         ]
-        return tuple(speed[group] for group in self.group_of_rank(candidate.pp)), fastest
+        return tuple(speed[group] for group in self.group_of_rank(candidate)), fastest
 
     def choices(self, candidate: Candidate) -> tuple[Recompute, ...]:
         """What its layers may recompute, as far as the profile knows."""

@@ -68,9 +68,8 @@ class Cutter(CandidateCosts):
         layer's time is what it adds to its rank's step: all microbatches, traffic and optimizer.
         """
         options, chunks = self.options(candidate), candidate.virtual_stages
-        boundary = max((layer.output_bytes for layer in options.base[:-1]), default=0)
         room = [
-            capacity - buffer_bytes(boundary, num_neighbours(placement, rank))
+            capacity - buffer_bytes(options.boundary_bytes, num_neighbours(placement, rank))
             for rank, capacity in enumerate(self.capacities(candidate))
         ]
         separate = chunks > 1 and not shares_ranks
@@ -128,7 +127,7 @@ class Cutter(CandidateCosts):
         if tied and candidate.virtual_stages > 1 and placement[0] != placement[-1]:
             layers = (*layers[:-1], self.options(candidate._replace(virtual_stages=1)).base[-1])
         if len(self.job.profiles) > 1:
-            groups, ends = self.group_of_rank(candidate.pp), (0, *cuts, len(layers))
+            groups, ends = self.group_of_rank(candidate), (0, *cuts, len(layers))
             own = [self.options(candidate, group).chosen(choices) for group in range(len(self.job.profiles))]
             layers = tuple(
                 layer
@@ -160,13 +159,12 @@ class Cutter(CandidateCosts):
     ) -> list[int] | None:
         """What every layer recomputes, on each rank the layers that save most memory for their time first."""
         options, bounds = self.options(candidate), (0, *cuts, len(self.options(candidate).base))
-        boundary = max((layer.output_bytes for layer in options.base[:-1]), default=0)
         choices = [0] * len(options.base)
         for rank, capacity in enumerate(self.capacities(candidate)):
             hosted = [stage for stage, host in enumerate(placement) if host == rank]
             mine = [(index, stage) for stage in hosted for index in range(bounds[stage], bounds[stage + 1])]
             used = self.states_bytes(candidate, [options.base[index] for index, _ in mine])
-            used += buffer_bytes(boundary, num_neighbours(placement, rank))
+            used += buffer_bytes(options.boundary_bytes, num_neighbours(placement, rank))
             used += max(layers[index].temporary_bytes for layers in options.layers for index, _ in mine)
             moves = []
             for index, stage in mine:
@@ -203,7 +201,7 @@ def _columns(
             costs.step_times_us(candidate, costs.options(candidate, group).layers[choice], splits_backward)
             for group in range(len(costs.job.profiles))
         ]
-        ranks = costs.group_of_rank(candidate.pp)
+        ranks = costs.group_of_rank(candidate)
         by_rank = tuple(by_group[ranks[rank]] for rank in separate or range(candidate.pp))
     return LayerChoice(
         times_us=costs.step_times_us(candidate, layers, splits_backward),

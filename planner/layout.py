@@ -106,6 +106,22 @@ class Candidate(NamedTuple):
         return self.pp * self.virtual_stages
 
     @property
+    def num_devices(self) -> int:
+        """Devices the candidate runs on."""
+        return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def copies(self) -> int:
+        """Devices that hold the same shard of the dense layers, but for ZeRO."""
+        return self.dp * self.cp
+
+    @property
+    def expert_shard_degree(self) -> int:
+        """Devices over which ZeRO shards experts: as many as dense layers, or the next less that divides."""
+        holders = self.copies // self.ep
+        return next(n for n in range(min(holders, self.shard_degree), 0, -1) if holders % n == 0)
+
+    @property
     def degrees(self) -> tuple[int, int, int, int, int]:
         """(tp, cp, ep, pp, dp)."""
         return self.tp, self.cp, self.ep, self.pp, self.dp

@@ -117,6 +117,7 @@ class Question:
             seed=seed,
             known=known,
             num_best=num_best,
+            pricer=self.pricer,
             on_progress=on_progress,
         )
 
@@ -131,6 +132,7 @@ class Question:
             time_limit_s=time_limit_s,
             seed=seed,
             known=known,
+            pricer=self.pricer,
             on_progress=on_progress,
         )
 

@@ -1,10 +1,11 @@
 """The search over layouts, best bound first, with a certificate over the whole space.
 
-Every candidate first gets a provable floor under its step time (`planner.cost.StepFloor`), and candidates are priced in
-the order of their floors until the floor reaches the best step time found. What no fixed family fits, though it might
-fit, is tried again after that; then the best few get a solver-made schedule. A candidate is out of the certificate only
-if its floor is no better than the answer or if it is proven not to fit: the smallest floor of all others bounds the
-space from below. The space is what at least one fixed family can run; solvers order those candidates, too.
+Every candidate first gets a provable floor under its step time (`planner.floor.StepFloor`), and candidates are priced
+in the order of their floors until the floor reaches the best step time found. Open candidates get solver-made orders;
+what no fixed family fits, though it might fit, is tried again; then the best few are ordered for longer. A candidate is
+out of the certificate only if its floor is no better than the answer or if it is proven not to fit: the smallest floor
+of all others bounds the space from below. The space is what at least one fixed family can run; solvers order those
+candidates, too.
 """
 
 import heapq
@@ -115,14 +116,16 @@ def search(
     seed: int,
     known: Sequence[PricedLayout] = (),
     num_best: int = 1,
+    pricer: Pricer | None = None,
     on_progress: Callable[[SearchProgress], None] | None = None,
 ) -> SearchResult:
     """Search `space`; InfeasibleError if nothing in it fits. Ctrl-C gives the best so far.
 
     `known`: layouts of this space that were priced already, to prune with. `num_best`: how many layouts of different
     degrees, chunks or micro-batch size are wanted; pricing goes on until the floors reach the last of them.
+    `pricer`: one of this job that has worked already.
     """
-    running = _Search(job, space, pins, time_limit_s, seed, num_best, on_progress)
+    running = _Search(pricer or Pricer(job), space, pins, time_limit_s, seed, num_best, on_progress)
     running.best = {priced.candidate: priced for priced in known}
     return running.run()
 
@@ -130,7 +133,7 @@ def search(
 class _Search:
     def __init__(
         self,
-        job: Job,
+        pricer: Pricer,
         space: Space,
         pins: Pins,
         time_limit_s: float,
@@ -138,12 +141,12 @@ class _Search:
         num_best: int,
         on_progress: Callable[[SearchProgress], None] | None,
     ) -> None:
-        self.job, self.space, self.seed, self.num_best = job, space, seed, num_best
+        self.pricer, self.job = pricer, pricer.job
+        self.space, self.seed, self.num_best = space, seed, num_best
         self.pins, self.family = pins, None if pins.family in (None, "auto") else pins.family
         self.solvers_may_order = self.family is None and ("family", "auto") not in pins.excluded
         self.time_limit_s, self.on_progress = time_limit_s, on_progress
         self.started = time.monotonic()
-        self.pricer = Pricer(job)
         self.result = SearchResult(dropped=space.dropped, num_candidates=len(space.candidates))
         self.best: dict[Candidate, PricedLayout] = {}
         self._families_of: dict[tuple[int, int, int, bool], tuple[Family, ...]] = {}
@@ -220,7 +223,7 @@ class _Search:
 
     def _price(self) -> None:
         """Price candidates in the order of their floors, order what may still win by solver, try the rest again."""
-        self._price_a_few()
+        first = self._price_a_few()
         priced: list[_Node] = []
         undecided: list[_Node] = []
         while self.queue and self.queue[0][0] < self._cutoff_us() * (1 - _TOLERANCE):
@@ -235,7 +238,7 @@ class _Search:
             self.open[node.candidate] = node.floor_us  # first, so that Ctrl-C in between loses no floor
             heapq.heappop(self.queue)
             self.result.num_evaluated += 1
-            outcome = self._price_families(node)
+            outcome = first[node] if node in first else self._price_families(node)
             if outcome is _Outcome.IMPOSSIBLE:
                 self._close(node)
             else:
@@ -246,7 +249,7 @@ class _Search:
         self._order(priced)
         self._try_all_again(undecided)
 
-    def _price_a_few(self) -> None:
+    def _price_a_few(self) -> dict[_Node, _Outcome]:
         """A first answer, so that most candidates need no floor but the quick one.
 
         Of each (tp, cp, pp) what people would take: most microbatches, ZeRO 1, most chunks; of these, least floors.
@@ -255,9 +258,11 @@ class _Search:
         for _, _, node in sorted(self.queue, key=lambda entry: (_unusual(entry[2].candidate), entry[1])):
             c = node.candidate
             usual.setdefault((c.tp, c.cp, c.pp), node)
+        outcomes = {}
         for node in sorted(usual.values(), key=lambda node: node.floor_us)[:_NUM_FIRST]:
-            self._price_families(node)
+            outcomes[node] = self._price_families(node)
             self._report("pricing layouts")
+        return outcomes
 
     def _order(self, nodes: Sequence[_Node]) -> None:
         """Solver-made orders of whole candidates, least floor first: cut evenly, nothing recomputed if that can be."""

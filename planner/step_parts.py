@@ -72,7 +72,7 @@ def _work_parts(pricer: Pricer, priced: PricedLayout, rank: int) -> tuple[float,
     job, candidate, cut = pricer.job, priced.candidate, priced.cut
     counts = Counter((action.kind, action.stage) for action in priced.schedule.ranks[rank])
     bounds = (0, *cut.cuts, len(cut.layers))
-    profile = job.profile if len(job.profiles) == 1 else job.profiles[pricer.group_of_rank(candidate.pp)[rank]]
+    profile = job.profile if len(job.profiles) == 1 else job.profiles[pricer.group_of_rank(candidate)[rank]]
     fabric, spans = pricer.fabric, pricer.spans(candidate)
     without_experts = replace(spans, ep=Span((1,) * len(spans.ep.members)))
     plain = candidate._replace(zero_stage=0, shard_degree=1)

@@ -65,9 +65,8 @@ class Axes:
     @classmethod
     def of(cls, candidate: Candidate) -> Self | None:
         """None where the groups of copies end at numbers that do not divide one another."""
-        copies, ep, shard = candidate.cp * candidate.dp, candidate.ep, candidate.shard_degree
-        experts = copies // ep
-        expert_shard = next(n for n in range(min(experts, shard), 0, -1) if experts % n == 0)
+        copies, ep, shard = candidate.copies, candidate.ep, candidate.shard_degree
+        expert_shard = candidate.expert_shard_degree
         ends = sorted({1, candidate.cp, ep, shard, ep * expert_shard, copies})
         if any(after % before for before, after in pairwise(ends)):
             return None
@@ -113,7 +112,7 @@ def place(
     is the usual order: tp innermost, then cp, dp and pp. Never dearer than `Spans.packed` where the cluster's levels
     divide evenly. ValueError if the candidate does not use all devices, or for a cost that is unknown or negative.
     """
-    used = candidate.tp * candidate.cp * candidate.dp * candidate.pp
+    used = candidate.num_devices
     if used != cluster.num_devices:
         raise ValueError(f"the candidate has {used} devices, cluster {cluster.name!r} has {cluster.num_devices}")
     unknown = sorted(set(costs) - set(GROUPS))

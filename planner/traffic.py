@@ -7,7 +7,7 @@ With hybrid sharding the shards lie in groups of `shard_degree`, and gradients o
 Sources: ZeRO, arXiv 1910.02054, sections 5 and 7; PyTorch FSDP, arXiv 2304.11277, section 3.2; ring attention,
 arXiv 2310.01889; experts, arXiv 2006.16668, section 3.
 
-What is sent once per step is linear in a rank's parameters: the floor under a layout (`planner.cost`) and its price
+What is sent once per step is linear in a rank's parameters: the floor under a layout (`planner.floor`) and its price
 (`planner.pricing`) are made of the same numbers.
 """
 
@@ -49,12 +49,8 @@ class Spans:
     @classmethod
     def packed(cls, candidate: Candidate, fabric: Fabric) -> "Spans":
         """Devices in order: tp innermost, then cp, then dp, with ep and ZeRO's shards inside dp × cp, then pp."""
-        tp, model = candidate.tp, candidate.tp * candidate.cp * candidate.dp
-        copies = candidate.cp * candidate.dp
+        tp, copies, expert_shard = candidate.tp, candidate.copies, candidate.expert_shard_degree
         expert_copies = copies // candidate.ep
-        expert_shard = min(expert_copies, candidate.shard_degree)
-        while expert_copies % expert_shard:
-            expert_shard -= 1
         return cls(
             tp=fabric.span(tp),
             cp=fabric.span(candidate.cp, tp),
@@ -63,7 +59,7 @@ class Spans:
             replicas=fabric.span(copies // candidate.shard_degree, tp * candidate.shard_degree),
             expert_shard=fabric.span(expert_shard, tp * candidate.ep),
             expert_replicas=fabric.span(expert_copies // expert_shard, tp * candidate.ep * expert_shard),
-            pp=fabric.span(candidate.pp, model),
+            pp=fabric.span(candidate.pp, tp * copies),
         )
 
 
@@ -98,7 +94,7 @@ class StepTraffic:
 
 def step_overhead_us(candidate: Candidate) -> float:
     """What a step takes beside all that is priced, on as many devices as the candidate uses."""
-    return STEP_US + STEP_US_PER_DOUBLING * log2(candidate.tp * candidate.pp * candidate.dp * candidate.cp)
+    return STEP_US + STEP_US_PER_DOUBLING * log2(candidate.num_devices)
 
 
 def step_traffic(

@@ -161,36 +161,34 @@ class Incumbent:
 
     def _heads_us(self) -> PathRow:
         """Longest paths from the start of every rank to the end of every op; shape (N, columns)."""
-        ops = self.ops
-        rows = np.empty((ops.count, self.first_row.shape[1]), dtype=np.int64)
-        latest: list[PathRow] = list(self.first_row)
-        for n in self.topological:
-            row = rows[n]
-            other = ops.wait_for[n]
-            if other >= 0:
-                np.maximum(latest[ops.rank[n]], rows[other] + ops.wait_us[n], out=row)
-                row += ops.duration_us[n]
-            else:
-                np.add(latest[ops.rank[n]], ops.duration_us[n], out=row)
-            latest[ops.rank[n]] = row
-        return rows
+        return self._longest_us(self.topological, self.first_row, self.ops.wait_for, self.ops.wait_us)
 
     def _tails_us(self) -> PathRow:
         """Longest paths from the start of every op to the end of every rank; shape (N, columns)."""
-        ops = self.ops
         if not self.per_rank:
             return np.array([self._single_tails_us()], dtype=np.int64).T
-        rows = np.empty((ops.count, self.last_row.shape[1]), dtype=np.int64)
-        latest: list[PathRow] = list(self.last_row)
-        for n in reversed(self.topological):
+        return self._longest_us(self.topological[::-1], self.last_row, self.ops.feeds, self.ops.feed_us)
+
+    def _longest_us(
+        self, order: Sequence[int], end_row: PathRow, neighbour: Sequence[int], neighbour_us: Sequence[int]
+    ) -> PathRow:
+        """Longest paths from one end of every rank through every op, the op included; `order` starts at that end.
+
+        `end_row` is what comes before the first op of every rank; an op's `neighbour` on another rank (−1: none) lies
+        towards that end, `neighbour_us` away. Shape (N, columns).
+        """
+        rank, duration_us = self.ops.rank, self.ops.duration_us
+        rows = np.empty((self.ops.count, end_row.shape[1]), dtype=np.int64)
+        latest: list[PathRow] = list(end_row)
+        for n in order:
             row = rows[n]
-            other = ops.feeds[n]
+            other = neighbour[n]
             if other >= 0:
-                np.maximum(latest[ops.rank[n]], rows[other] + ops.feed_us[n], out=row)
-                row += ops.duration_us[n]
+                np.maximum(latest[rank[n]], rows[other] + neighbour_us[n], out=row)
+                row += duration_us[n]
             else:
-                np.add(latest[ops.rank[n]], ops.duration_us[n], out=row)
-            latest[ops.rank[n]] = row
+                np.add(latest[rank[n]], duration_us[n], out=row)
+            latest[rank[n]] = row
         return rows
 
     def _single_tails_us(self) -> list[int]:

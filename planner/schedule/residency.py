@@ -2,6 +2,9 @@
 
 from planner.schedule.actions import Kind, Schedule
 
+_TAKEN = {Kind.F: (1, 0), Kind.B: (-1, 1), Kind.BW: (-1, 0), Kind.W: (0, -1), Kind.R: (0, 0)}
+"""How the microbatches between F and the backward, and those between B and W, grow with an action."""
+
 
 def peak_in_flight(schedule: Schedule, weight_ratio: float) -> tuple[tuple[int, int], ...]:
     """What each stage holds at its fullest moment: (microbatches between F and B or BW, those between B and W).
@@ -12,18 +15,14 @@ def peak_in_flight(schedule: Schedule, weight_ratio: float) -> tuple[tuple[int, 
     weight = [0.0] * schedule.num_stages
     for actions in schedule.ranks:
         held = {action.stage: [0, 0] for action in actions}
-        for kind, stage, _ in actions:
-            counts = held[stage]
-            if kind is Kind.F:
-                counts[0] += 1
-            elif kind is Kind.W:
-                counts[1] -= 1
-            elif kind is not Kind.R:
-                counts[0] -= 1
-                counts[1] += kind is Kind.B
+        for action in actions:
+            counts = held[action.stage]
+            forwards, weights = _TAKEN[action.kind]
+            counts[0] += forwards
+            counts[1] += weights
             now = counts[0] + weight_ratio * counts[1]
-            if now > weight[stage]:
-                weight[stage], fullest[stage] = now, (counts[0], counts[1])
+            if now > weight[action.stage]:
+                weight[action.stage], fullest[action.stage] = now, (counts[0], counts[1])
     return tuple(fullest)
 
 
@@ -57,20 +56,14 @@ def held_at_fullest(schedule: Schedule) -> tuple[tuple[int, int], ...]:
     at_fullest = [(0, 0)] * schedule.num_stages
     for actions in schedule.ranks:
         held = {action.stage: [0, 0] for action in actions}
-        now, most = [0, 0], (0, 0)
-        for kind, stage, _ in actions:
-            counts = held[stage]
-            before = tuple(counts)
-            if kind is Kind.F:
-                counts[0] += 1
-            elif kind is Kind.W:
-                counts[1] -= 1
-            elif kind is not Kind.R:
-                counts[0] -= 1
-                counts[1] += kind is Kind.B
-            now = [now[0] + counts[0] - before[0], now[1] + counts[1] - before[1]]
-            if (now[0], now[1]) > most:
-                most = (now[0], now[1])
-                for index, (forwards, weights) in held.items():
-                    at_fullest[index] = forwards, weights
+        now = most = (0, 0)
+        for action in actions:
+            forwards, weights = _TAKEN[action.kind]
+            held[action.stage][0] += forwards
+            held[action.stage][1] += weights
+            now = now[0] + forwards, now[1] + weights
+            if now > most:
+                most = now
+                for stage, counts in held.items():
+                    at_fullest[stage] = counts[0], counts[1]
     return tuple(at_fullest)
