@@ -42,6 +42,13 @@ def observed_bytes(memory: RankMemory, *, outside: bool = False, reserved: bool 
     return total + (CONTEXT_BYTES if outside else 0)
 
 
+def state_bytes_per_parameter(precision: Precision) -> tuple[int, int, int]:
+    """Of the weight in the compute dtype, the gradient, and what the optimizer keeps."""
+    master = 0 if precision.master_weights is None else BYTES_OF[precision.master_weights]
+    weight, gradient = BYTES_PER_ELEMENT[precision.compute], BYTES_OF[precision.gradients]
+    return weight, gradient, master + 2 * BYTES_OF[precision.optimizer]
+
+
 def model_state_bytes(
     parameter_bytes: int, expert_parameter_bytes: int, candidate: Candidate, precision: Precision
 ) -> tuple[int, int, int]:
@@ -49,9 +56,8 @@ def model_state_bytes(
 
     Shards that do not divide are rounded down: less than a byte per layer.
     """
-    size = BYTES_PER_ELEMENT[precision.compute]
-    master = 0 if precision.master_weights is None else BYTES_OF[precision.master_weights]
-    per_parameter = (size, BYTES_OF[precision.gradients], master + 2 * BYTES_OF[precision.optimizer])
+    per_parameter = state_bytes_per_parameter(precision)
+    size = per_parameter[0]
     expert_shard = min(candidate.shard_degree, candidate.dp * candidate.cp // candidate.ep)
     totals = []
     for stage, each in zip((3, 2, 1), per_parameter, strict=True):

@@ -16,16 +16,15 @@ from planner.answers.readings import Budget, budget
 from planner.answers.variations import profiled_length, with_nodes
 from planner.api import DEFAULT_TIME_LIMIT_S, solve
 from planner.errors import InfeasibleError, LayoutError
-from planner.memory import capacity_bytes
+from planner.memory import capacity_bytes, state_bytes_per_parameter
 from planner.plans import Plan, Precision
 from planner.pricing import PricedLayout
 from planner.questions import PlanArguments, Question, ask, check_time_limit, load_model, read_precision
 from planner.search import SearchProgress
-from planner.traffic import BYTES_OF
 from profiles.catalog import load_cluster
 from profiles.cluster import MAX_DEVICES, Cluster
 from profiles.facts import Count, Facts, Microseconds
-from profiles.model import BYTES_PER_ELEMENT, ModelProfile, ModelSpec
+from profiles.model import ModelProfile, ModelSpec
 
 Verdict = Literal["fits", "in time", "no layout divides", "does not fit", "too slow", "undecided"]
 PROVEN_UNFIT: tuple[Verdict, ...] = ("no layout divides", "does not fit", "too slow")
@@ -139,8 +138,7 @@ class _Probes:
         try:
             result = question.search(limit_s, seed=self.seed, on_progress=watch)
         except InfeasibleError as error:
-            unsure = "might fit" in str(error)
-            return _count(machines, "undecided" if unsure else "does not fit", str(error))
+            return _count(machines, "does not fit" if error.proven else "undecided", str(error))
         except _DecidedError:
             return _count(machines, "too slow", lower_bound_us=watch.lower_bound_us)
         self.interrupted |= result.interrupted and not watch.is_decided
@@ -313,10 +311,8 @@ def _least_nodes(
 ) -> tuple[int, str]:
     """Fewer nodes cannot do, whatever the layout, and why."""
     group = node.groups[0]
-    master = 0 if precision.master_weights is None else BYTES_OF[precision.master_weights]
-    each = BYTES_PER_ELEMENT[precision.compute] + BYTES_OF[precision.gradients] + master
-    each += 2 * BYTES_OF[precision.optimizer]
-    state_bytes, node_bytes = spec.num_parameters * each, group.devices_per_node * capacity_bytes(group.device)
+    state_bytes = spec.num_parameters * sum(state_bytes_per_parameter(precision))
+    node_bytes = group.devices_per_node * capacity_bytes(group.device)
     by_memory = math.ceil(state_bytes / node_bytes)
     if target_us is not None:
         flops = 6.0 * spec.num_active_parameters * tokens_per_step
