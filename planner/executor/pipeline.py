@@ -190,6 +190,13 @@ class Pipeline:
         """The same with names: the layer's index in the model, then its own name, like 3.weight."""
         return self.module.named_parameters()
 
+    def is_counted(self, parameter: nn.Parameter) -> bool:  # noqa: ARG002
+        """Whether this pipeline rank is the one that counts `parameter` in sums over the pipeline, as in norms.
+
+        Of a parameter that several ranks hold, exactly one does.
+        """
+        return True
+
     def zero_grad(self) -> None:
         """Forget the gradients of this process."""
         self.module.zero_grad(set_to_none=True)
