@@ -1,12 +1,14 @@
-"""Runs one rank's program: F, B, W and BW in the planned order, each as soon as its tensor is there.
+"""Runs one rank's program: F, R, B, W and BW in the planned order, each as soon as its tensor is there.
 
 What an action holds, and until when. F holds the graph from the stage's input to its output until B or BW of
 the same microbatch; the output itself only until it has been received. B leaves what the weight gradients
-need in a store, W empties it. Losses are keyed by microbatch, so any order of microbatches gives the same
+need in a store, W empties it. Of a microbatch that has an R, F keeps the input alone, and R makes the graph; the loss
+is computed once, where the graph is made. Losses are keyed by microbatch, so any order of microbatches gives the same
 result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from planner.errors import ExecutionError
+from planner.executor.checkpoint import Checkpoint, RandomState, without_graph
 from planner.executor.program import RankProgram, Step
 from planner.executor.stage import Stage
 from planner.executor.trace import Tracer
@@ -55,12 +58,13 @@ class Interpreter:
         self._inputs: Sequence[Tensor] = ()
         self._targets: Sequence[Tensor] = ()
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._checkpoints: dict[tuple[int, int], Checkpoint] = {}  # between F and R
         self._stores: dict[tuple[int, int], WeightGradStore] = {}
         # Between stages of this rank; keyed by the stage that takes it.
         self._activations: dict[tuple[int, int], Tensor] = {}
         self._gradients: dict[tuple[int, int], Tensor] = {}
         self._losses: dict[int, Tensor] = {}
-        self.peak_graphs = 0  # most (stage, microbatch) held between F and B at once in this step
+        self.peak_graphs = 0  # most (stage, microbatch) whose graph was held at once in this step
 
     def run(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
         """Run the program once; `inputs` and `targets` have one tensor per microbatch, where this rank needs
@@ -71,7 +75,13 @@ class Interpreter:
         """
         self._inputs, self._targets = inputs, targets
         self.peak_graphs = 0
-        run = {Kind.F: self._forward, Kind.B: self._backward, Kind.BW: self._backward, Kind.W: self._weight}
+        run = {
+            Kind.F: self._forward,
+            Kind.R: self._recompute,
+            Kind.B: self._backward,
+            Kind.BW: self._backward,
+            Kind.W: self._weight,
+        }
         tracer, transport = self._tracer, self._transport
         transport.begin()
         for step in self._program.steps:
@@ -98,23 +108,16 @@ class Interpreter:
         """Returns what is to be sent."""
         _, index, microbatch = step.action
         key = index, microbatch
-        leaf = None
-        if index == 0:
-            value = self._inputs[microbatch]
+        value = received
+        if value is None:
+            value = self._inputs[microbatch] if index == 0 else self._activations.pop(key)
+        if key in self._program.recomputed:
+            self._checkpoints[key] = Checkpoint.before(value)
+            with without_graph(value.device):
+                output: Tensor = self._stages[index](value)
         else:
-            value = leaf = (self._activations.pop(key) if received is None else received).requires_grad_()
-        store = WeightGradStore() if key in self._program.split else None
-        output: Tensor = self._stages[index](value, store)
-        loss = None
+            output = self._build_graph(key, value)
         if index == self._program.num_stages - 1:
-            loss = self._loss(output, microbatch)
-            self._losses[microbatch] = loss.detach()
-        root = None
-        if loss is None and output.requires_grad:
-            root = get_gradient_edge(output)
-        self._graphs[key] = _Graph(leaf, root, loss, store)
-        self.peak_graphs = max(self.peak_graphs, len(self._graphs))
-        if loss is not None:
             return None
         if not output.is_floating_point():
             raise ExecutionError(f"stage {index} made {output.dtype}; between stages tensors are floating point")
@@ -122,6 +125,32 @@ class Interpreter:
             self._activations[index + 1, microbatch] = output.detach()
             return None
         return output.detach()
+
+    def _recompute(self, step: Step, received: Tensor | None) -> None:  # noqa: ARG002 (one signature for all kinds)
+        """R: nobody but the backward needs the output, which has been handed on by F already."""
+        _, index, microbatch = step.action
+        value, random = self._checkpoints.pop((index, microbatch))
+        self._build_graph((index, microbatch), value, random)
+
+    def _build_graph(self, key: tuple[int, int], value: Tensor, random: RandomState | None = None) -> Tensor:
+        """The stage's output; its graph, and the loss on the last stage, are kept for the backward.
+
+        `random`: draw what was drawn from this state before.
+        """
+        index, microbatch = key
+        leaf = value.requires_grad_() if index > 0 else None
+        store = WeightGradStore() if key in self._program.split else None
+        with nullcontext() if random is None else random.replayed(value.device):
+            output: Tensor = self._stages[index](value, store)
+        loss = root = None
+        if index == self._program.num_stages - 1:
+            loss = self._loss(output, microbatch)
+            self._losses[microbatch] = loss.detach()
+        elif output.requires_grad:
+            root = get_gradient_edge(output)
+        self._graphs[key] = _Graph(leaf, root, loss, store)
+        self.peak_graphs = max(self.peak_graphs, len(self._graphs))
+        return output
 
     def _loss(self, output: Tensor, microbatch: int) -> Tensor:
         loss = self._loss_fn(output, self._targets[microbatch])
@@ -154,6 +183,6 @@ class Interpreter:
             return None
         return input_gradient
 
-    def _weight(self, step: Step, received: Tensor | None) -> None:  # noqa: ARG002 (one signature for all four kinds)
+    def _weight(self, step: Step, received: Tensor | None) -> None:  # noqa: ARG002 (one signature for all kinds)
         _, index, microbatch = step.action
         self._stores.pop((index, microbatch)).run()

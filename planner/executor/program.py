@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal
 
-from planner.errors import ScheduleError
 from planner.schedule.actions import Action, Kind, Schedule
 from planner.schedule.transfers import Transfer, transfers
 
@@ -36,20 +35,14 @@ class RankProgram:
     steps: tuple[Step, ...]
     stages: tuple[int, ...]  # ascending
     split: frozenset[tuple[int, int]]  # (stage, microbatch) whose backward is B and W, not BW
+    recomputed: frozenset[tuple[int, int]]  # (stage, microbatch) that has an R
     incoming: tuple[Transfer, ...]  # in the order this rank needs them
     sent_to_me: tuple[Transfer, ...]  # the same transfers; on each channel, in the order the other end sends them
     channels: tuple[Channel, ...]  # of the whole pipeline, sorted
 
 
 def rank_program(schedule: Schedule, rank: int) -> RankProgram:
-    """The program of `rank`, from 0; ScheduleError as `planner.schedule.validation.check` raises it, and for R."""
-    for number, actions in enumerate(schedule.ranks):
-        for step, action in enumerate(actions):
-            if action.kind is Kind.R:
-                raise ScheduleError(
-                    f"rank {number}, step {step}: {action} recomputes a stage as an action of its own, which the "
-                    "executor does not run; schedule without --recompute-us, or recompute whole layers in the plan"
-                )
+    """The program of `rank`, from 0; ScheduleError as `planner.schedule.validation.check` raises it."""
     every = transfers(schedule)
     index = {(_is_forward(a), a.stage, a.microbatch): n for ac in schedule.ranks for n, a in _produced(ac)}
     mine = schedule.ranks[rank]
@@ -61,7 +54,7 @@ def rank_program(schedule: Schedule, rank: int) -> RankProgram:
         key = (_is_forward(action), action.stage, action.microbatch)
         receive = send = None
         delivered: list[Transfer] = []
-        if action.kind is not Kind.W:
+        if action.kind not in _LOCAL:
             receive, send = receives.get(key), sends.get(key)
         if receive is not None:
             # Its sender made it at this step of its own list, so it has finished all receives up to there.
@@ -78,6 +71,7 @@ def rank_program(schedule: Schedule, rank: int) -> RankProgram:
         num_microbatches=schedule.num_microbatches,
         steps=tuple(steps),
         stages=tuple(sorted({action.stage for action in mine})),
+        recomputed=frozenset((a.stage, a.microbatch) for a in mine if a.kind is Kind.R),
         split=frozenset((a.stage, a.microbatch) for a in mine if a.kind is Kind.B),
         incoming=tuple(step.receive for step in steps if step.receive is not None),
         sent_to_me=tuple(t for t in every if t.to_rank == rank),
@@ -90,6 +84,7 @@ def channel_of(transfer: Transfer) -> Channel:
     return transfer.from_rank, transfer.to_rank, transfer.kind
 
 
+_LOCAL = (Kind.W, Kind.R)  # they neither wait for a tensor of another rank nor make one
 _Key = tuple[bool, int, int]  # is a forward, stage, microbatch: the actions that transfer, B and BW alike
 
 
@@ -98,7 +93,7 @@ def _is_forward(action: Action) -> bool:
 
 
 def _produced(actions: Sequence[Action]) -> list[tuple[int, Action]]:
-    return [(n, action) for n, action in enumerate(actions) if action.kind is not Kind.W]
+    return [(n, action) for n, action in enumerate(actions) if action.kind not in _LOCAL]
 
 
 def _producer(transfer: Transfer) -> _Key:

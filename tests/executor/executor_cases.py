@@ -184,8 +184,11 @@ def make_batch(rows: int, seed: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def random_schedule(seed: int, num_ranks: int) -> Schedule:
-    """Any order that can run: stages and microbatches in any order, some backwards split, W early or late."""
+def random_schedule(seed: int, num_ranks: int, *, recomputes: bool = False) -> Schedule:
+    """Any order that can run: stages and microbatches in any order, some backwards split, W early or late.
+
+    With `recomputes`, some have an R somewhere between F and the backward.
+    """
     rng = random.Random(seed)
     num_stages = num_ranks * rng.randint(1, 3)
     num_microbatches = rng.randint(1, 5)
@@ -194,7 +197,9 @@ def random_schedule(seed: int, num_ranks: int) -> Schedule:
     cells = [(s, j) for s in range(num_stages) for j in range(num_microbatches)]
     share_split = rng.choice([0.0, 0.5, 1.0])
     split = {cell for cell in cells if rng.random() < share_split}
-    forward, backward, weight = set(), set(), set()
+    share_again = rng.choice([0.5, 1.0]) if recomputes else 0.0
+    again = {cell for cell in cells if rng.random() < share_again}
+    forward, backward, weight, recomputed = set(), set(), set(), set()
     orders: list[list[Action]] = [[] for _ in range(num_ranks)]
     while len(backward) + len(weight & split) < len(cells) + len(split):
         ready = []
@@ -204,12 +209,14 @@ def random_schedule(seed: int, num_ranks: int) -> Schedule:
                 if stage == 0 or (stage - 1, j) in forward:
                     ready.append(Action(Kind.F, *cell))
             elif cell not in backward:
-                if stage == num_stages - 1 or (stage + 1, j) in backward:
+                if cell in again and cell not in recomputed:
+                    ready.append(Action(Kind.R, *cell))
+                elif stage == num_stages - 1 or (stage + 1, j) in backward:
                     ready.append(Action(Kind.B if cell in split else Kind.BW, *cell))
             elif cell in split and cell not in weight:
                 ready.append(Action(Kind.W, *cell))
         action = rng.choice(ready)
-        done = {Kind.F: forward, Kind.B: backward, Kind.BW: backward, Kind.W: weight}[action.kind]
+        done = {Kind.F: forward, Kind.R: recomputed, Kind.B: backward, Kind.BW: backward, Kind.W: weight}[action.kind]
         done.add((action.stage, action.microbatch))
         orders[home[action.stage]].append(action)
     return Schedule(tuple(map(tuple, orders)))
