@@ -220,3 +220,57 @@ def random_schedule(seed: int, num_ranks: int, *, recomputes: bool = False) -> S
         done.add((action.stage, action.microbatch))
         orders[home[action.stage]].append(action)
     return Schedule(tuple(map(tuple, orders)))
+
+
+def can_run(schedule: Schedule, num_stages: int, num_microbatches: int) -> bool:
+    """Whether all of the schedule runs when every rank does its next action as soon as it may. Slow and plain."""
+    every = [action for actions in schedule.ranks for action in actions]
+    if len(set(every)) < len(every) or any(not actions for actions in schedule.ranks):
+        return False
+    home: dict[int, int] = {}
+    for rank, actions in enumerate(schedule.ranks):
+        if any(home.setdefault(action.stage, rank) != rank for action in actions):
+            return False
+    wanted = []
+    for stage in range(num_stages):
+        for j in range(num_microbatches):
+            halves = [Action(kind, stage, j) in every for kind in (Kind.B, Kind.W)]
+            if Action(Kind.BW, stage, j) in every:
+                wanted += [Action(Kind.F, stage, j), Action(Kind.BW, stage, j)]
+                if any(halves):
+                    return False
+            else:
+                wanted += [Action(kind, stage, j) for kind in (Kind.F, Kind.B, Kind.W)]
+    if not set(wanted) <= set(every) or {a for a in every if a.kind is not Kind.R} - set(wanted):
+        return False
+    if any(a.stage >= num_stages or a.microbatch >= num_microbatches for a in every):
+        return False
+    done: set[Action] = set()
+
+    def back(stage: int, j: int) -> bool:
+        return Action(Kind.B, stage, j) in done or Action(Kind.BW, stage, j) in done
+
+    def may(action: Action) -> bool:
+        kind, stage, j = action
+        if kind is Kind.F:
+            return stage == 0 or Action(Kind.F, stage - 1, j) in done
+        if kind is Kind.W:
+            return Action(Kind.B, stage, j) in done
+        if kind is Kind.R:
+            return Action(Kind.F, stage, j) in done and not back(stage, j)
+        again = Action(Kind.R, stage, j)
+        return (
+            Action(Kind.F, stage, j) in done
+            and (again not in every or again in done)
+            and (stage == num_stages - 1 or back(stage + 1, j))
+        )
+
+    left = [list(actions) for actions in schedule.ranks]
+    progress = True
+    while progress:
+        progress = False
+        for actions in left:
+            while actions and may(actions[0]):
+                done.add(actions.pop(0))
+                progress = True
+    return not any(left)
