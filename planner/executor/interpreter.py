@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from planner.errors import ExecutionError
 from planner.executor.checkpoint import Checkpoint, RandomState, without_graph
+from planner.executor.gradients import GradientSync
 from planner.executor.program import RankProgram, Step
 from planner.executor.stage import Stage
 from planner.executor.trace import Tracer
@@ -24,6 +25,7 @@ from planner.executor.transport import Transport
 from planner.schedule.actions import Kind
 from profiles.measure.split_backward import WeightGradStore
 
+_ENDS = (Kind.W, Kind.BW)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -46,6 +48,7 @@ class Interpreter:
         transport: Transport,
         loss_fn: LossFunction,
         tracer: Tracer,
+        sync: GradientSync,
         *,
         gradient_scale: float,
     ) -> None:
@@ -54,6 +57,9 @@ class Interpreter:
         self._transport = transport
         self._loss_fn = loss_fn
         self._tracer = tracer
+        self._sync = sync
+        # The last backward of every stage here: W or BW, as every B comes before its W.
+        self._closing = set({s.action.stage: s.action for s in program.steps if s.action.kind in _ENDS}.values())
         self._scale = gradient_scale
         self._inputs: Sequence[Tensor] = ()
         self._targets: Sequence[Tensor] = ()
@@ -82,7 +88,7 @@ class Interpreter:
             Kind.BW: self._backward,
             Kind.W: self._weight,
         }
-        tracer, transport = self._tracer, self._transport
+        tracer, transport, sync = self._tracer, self._transport, self._sync
         transport.begin()
         for step in self._program.steps:
             kind, stage, microbatch = step.action
@@ -96,6 +102,9 @@ class Interpreter:
             if step.send is not None:
                 assert result is not None
                 transport.send(step.send, result)
+            if step.action in self._closing:
+                sync.stage_finished(stage)
+            sync.look()
             del received, result
         waiting = tracer.mark()
         transport.finish()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from planner.errors import ExecutionError
-from planner.executor.gradients import add_gradients, reduce_gradients, take_gradients
+from planner.executor.gradients import DataParallelSum, GradientSync, NoSync
 from planner.executor.groups import Coordinates, channel_groups, connect, refuse_unsupported
 from planner.executor.interpreter import Interpreter, LossFunction
 from planner.executor.program import rank_program
@@ -49,6 +49,7 @@ class Pipeline:
         process_group_timeout_s: float = 600.0,
         receive_ahead: int = 1,
         trace_steps: int = 1,
+        overlap_reduction: bool = True,
     ) -> None:
         """Check everything, join the job, build this process's layers.
 
@@ -58,7 +59,8 @@ class Pipeline:
         is the mean over the rows of one microbatch. `device`: by default this process's CUDA device if there
         is one, else the CPU; `backend`: by default nccl on CUDA, else gloo; a process group that is there
         already is used as it is. `dtype` converts the layers. `receive_ahead`: receives posted beyond the
-        next. `trace_steps`: how many last steps `trace` keeps.
+        next. `trace_steps`: how many last steps `trace` keeps. `overlap_reduction`: whether gradients of a stage are
+        reduced over the data ranks beside what a process still has to run, instead of after it.
 
         ExecutionError when plan, model and job do not fit together; ScheduleError when the schedule cannot
         run.
@@ -109,12 +111,17 @@ class Pipeline:
         self._transport = Transport(
             program, self._groups.pipeline, self.device, channels=channels, receive_ahead=receive_ahead
         )
+        self._sync: GradientSync = NoSync()
+        if layout.dp > 1:
+            parameters_of = {index: stage.parameters() for index, stage in stages.items()}
+            self._sync = DataParallelSum(parameters_of, self._groups.data, self.tracer, overlaps=overlap_reduction)
         self._interpreter = Interpreter(
             program,
             stages,
             self._transport,
             loss_fn,
             self.tracer,
+            self._sync,
             gradient_scale=1.0 / (layout.num_microbatches * layout.dp),
         )
         self._failed = False
@@ -151,21 +158,19 @@ class Pipeline:
             raise ExecutionError("an earlier step of this Pipeline failed; the job has to be started again")
         split_inputs = self._microbatches(inputs, "inputs", "first") if self._has_first else ()
         split_targets = self._microbatches(targets, "targets", "last") if self._has_last else ()
-        data_parallel = self.plan.layout.dp > 1
         self._failed = True  # until it is done
         self.tracer.begin_step()
         with torch.enable_grad():
-            carried = take_gradients(self.parameters()) if data_parallel else []
+            self._sync.begin()
             losses = self._interpreter.run(split_inputs, split_targets)
         loss = torch.stack(losses).mean() if losses else None
-        if data_parallel:
+        if self.plan.layout.dp > 1:
             start = self.tracer.mark()
-            reduce_gradients([p for p in self.parameters() if p.requires_grad], self._groups.data)
+            self._sync.finish()
             if loss is not None:
                 with telling_lost_peers("the mean of the loss"):
                     dist.all_reduce(loss, group=self._groups.data)
                 loss /= self.plan.layout.dp
-            add_gradients(carried)
             self.tracer.record("reduce", None, None, start, start)
         self._failed = False
         return loss

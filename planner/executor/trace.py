@@ -21,10 +21,15 @@ EventKind = Literal["F", "B", "W", "BW", "R", "drain", "reduce", "optimizer"]
 
 
 class TraceEvent(Facts):
-    """One thing a rank did. `drain` waits for the last sends, `reduce` is the data-parallel reduction."""
+    """One thing a rank did, in the order of the ends. `drain` waits for the last sends.
+
+    `reduce` with a stage is the data-parallel reduction of that stage's gradients, beside other events: from when it
+    started until it was found to be over, after an action or at the end. `reduce` without one is what shows of them:
+    from the end of the pipeline until the gradients are there.
+    """
 
     kind: EventKind
-    stage: int | None = None  # for F, B, W, BW
+    stage: int | None = None  # for F, B, W, BW, R, and reduce beside other events
     microbatch: int | None = None
     waited_us: NonNegative = 0.0  # just before the start, for a tensor from another rank
     start_us: float
@@ -32,7 +37,7 @@ class TraceEvent(Facts):
 
 
 class StepTrace(Facts):
-    """One optimizer step of one rank, in the order it ran."""
+    """One optimizer step of one rank."""
 
     step: int
     events: tuple[TraceEvent, ...]

@@ -112,7 +112,8 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
         optimizer.step()
         pipe.tracer.record("optimizer", None, None, mark, mark)
         end = _now_us(pipe.device)
-        reduction = sum(e.end_us - e.start_us for e in pipe.trace().steps[-1].events if e.kind == "reduce")
+        events = pipe.trace().steps[-1].events
+        reduction = sum(e.end_us - e.start_us for e in events if e.kind == "reduce" and e.stage is None)
         pipeline_us.append(max(0.0, middle - start - reduction))
         data_parallel_us.append(reduction)
         optimizer_us.append(end - before_update)

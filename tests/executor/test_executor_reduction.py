@@ -1,0 +1,74 @@
+"""Gradients are reduced over data ranks beside the tail of the pipeline, and come out the same to the last bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("reduction_worker.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("reduction")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    done = subprocess.run(
+        [*command, str(WORKER), str(directory)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in range(4)]
+
+
+def test_gradients_of_two_steps_are_equal_to_the_bit_with_and_without_overlap(found):
+    for rank, cases in enumerate(found):
+        assert len(cases) == 7
+        for name, case in cases.items():
+            assert case["equal"], (rank, name)
+            assert case["same on all data ranks"], (rank, name)
+            assert case["held"] == [0, 0], (rank, name)
+
+
+def test_a_parameter_frozen_after_a_step_keeps_the_gradient_of_that_step(found):
+    assert "1.inner.bias" in found[0]["1f1b"]["names"]
+
+
+def test_a_stage_is_reduced_as_soon_as_its_last_backward_has_run(found):
+    for cases in found:
+        for name, case in cases.items():
+            closing: dict[int, int] = {}
+            for n, (kind, stage, *_) in enumerate(case["events"]):
+                if kind in ("W", "BW"):
+                    closing[stage] = n
+            reductions = {event[1]: event for event in case["events"] if event[0] == "reduce"}
+            for stage, n in closing.items():
+                _, _, _, start, end = reductions[stage]
+                assert case["events"][n][4] <= start <= end, name
+                later = [event for event in case["events"][n + 1 :] if event[0] in ("F", "R", "B", "W", "BW")]
+                assert all(start <= event[3] for event in later), (name, "starts before what the rank still runs")
+
+
+def test_the_first_rank_of_two_chunks_reduces_the_later_chunk_before_its_last_backward(found):
+    events = found[0]["interleaved-1f1b"]["events"]
+    last_backward = max(event[3] for event in events if event[0] == "BW")
+    starts = {event[1]: event[3] for event in events if event[0] == "reduce"}
+    assert starts[2] < last_backward < starts[0]
+    assert None in starts  # what shows of them all
+
+
+def test_data_ranks_start_their_reductions_in_one_order(found):
+    def order(cases):
+        return {
+            name: [event[1] for event in sorted(case["events"], key=lambda event: event[3]) if event[0] == "reduce"]
+            for name, case in cases.items()
+        }
+
+    assert order(found[0]) == order(found[1])
+    assert order(found[2]) == order(found[3])
