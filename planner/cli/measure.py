@@ -22,6 +22,13 @@ class DeviceName(StrEnum):
     cuda = "cuda"
 
 
+class EngineName(StrEnum):
+    """Who runs the actions of a schedule."""
+
+    pipewright = "pipewright"
+    torch = "torch"
+
+
 def profile(
     model: Annotated[str, typer.Argument(help="Catalogue name or Hugging Face config.json of a GPT-2 or Llama kind.")],
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence [default: the model's].")] = None,
@@ -79,6 +86,9 @@ def run(
         DeviceName, typer.Option(help="auto takes cuda when there is a device for every process.")
     ] = DeviceName.auto,
     backend: Annotated[str | None, typer.Option(help="gloo or nccl [default: by device].")] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="Who runs the actions; torch is its own runtime.")
+    ] = EngineName.pipewright,
     check: Annotated[bool, typer.Option(help="Also train in one process, and compare losses and gradients.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Save start and end of every action here.")] = None,
     as_json: Json = False,
@@ -103,6 +113,7 @@ def run(
             learning_rate=learning_rate,
             device=device.value,
             backend=backend,
+            engine=engine.value,
             check=check,
             trace_path=trace,
             on_progress=on_progress,

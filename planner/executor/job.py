@@ -13,6 +13,9 @@ from profiles.facts import Count, Facts, NonNegative
 from profiles.measure.models import Architecture
 from profiles.model import Dtype, ModelSpec
 
+Engine = Literal["pipewright", "torch"]
+"""Who runs the actions: our interpreter, or torch's runtime behind `planner.executor.torch_engine`."""
+
 
 class RunRequest(Facts):
     """What every process of the job is asked to do."""
@@ -23,6 +26,7 @@ class RunRequest(Facts):
     learning_rate: NonNegative
     device: Literal["cpu", "cuda"]
     backend: str | None
+    engine: Engine
     save_gradients: bool  # of the first step, for the reference to compare with
     process_group_timeout_s: NonNegative
     launcher_pid: int  # processes end when this one is gone

@@ -22,6 +22,7 @@ import torch
 from planner.errors import ExecutionError
 from planner.executor.groups import refuse_unsupported
 from planner.executor.job import (
+    Engine,
     JobDirectory,
     RankError,
     RankResult,
@@ -50,6 +51,7 @@ def run_plan(
     learning_rate: float = 1e-3,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     backend: str | None = None,
+    engine: Engine = "pipewright",
     check: bool = False,
     trace_path: str | Path | None = None,
     process_group_timeout_s: float = 600.0,
@@ -58,6 +60,7 @@ def run_plan(
     """Train the plan's bundled model for `steps` optimizer steps (AdamW, synthetic data) and report.
 
     `dtype`: the plan's by default. `device`: auto takes CUDA when there are enough devices for every process.
+    `engine`: our interpreter, or "torch" for torch's own runtime.
     `check` trains a second time in one process of plain torch and compares losses of every step and gradients
     of the first. `trace_path`: where to write the last (at most 20) steps' trace of every process.
     `on_progress` is called once per step while the job runs. Processes get OMP_NUM_THREADS=1 unless the
@@ -69,7 +72,7 @@ def run_plan(
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
     plan = Plan.load(plan_path)
-    chosen = _refuse_what_cannot_run(plan, device, dtype)
+    chosen = _refuse_what_cannot_run(plan, device, dtype, engine)
     with tempfile.TemporaryDirectory(prefix="pipewright-run-") as path:
         job = JobDirectory(path)
         plan.save(job.plan)
@@ -80,6 +83,7 @@ def run_plan(
             learning_rate=learning_rate,
             device=chosen,
             backend=backend,
+            engine=engine,
             save_gradients=check,
             process_group_timeout_s=process_group_timeout_s,
             launcher_pid=os.getpid(),
@@ -99,7 +103,7 @@ def run_plan(
 
 
 def _refuse_what_cannot_run(
-    plan: Plan, device: Literal["auto", "cpu", "cuda"], dtype: Dtype | None
+    plan: Plan, device: Literal["auto", "cpu", "cuda"], dtype: Dtype | None, engine: Engine
 ) -> Literal["cpu", "cuda"]:
     """Say here, before any process starts, what every process would say. Returns the device to run on."""
     if plan.architecture is None:
@@ -120,6 +124,10 @@ def _refuse_what_cannot_run(
         num_microbatches=layout.num_microbatches,
         rank_of_stage=layout.rank_of_stage,
     )
+    if engine == "torch":
+        from planner.executor.torch_engine import refuse_for_torch  # with private names of torch: where asked for only
+
+        refuse_for_torch(plan)
     num_layers = plan.model.num_layers + 2
     if sum(layout.layers_per_stage) != num_layers:
         raise ExecutionError(
@@ -232,6 +240,7 @@ def _report(
         num_processes=layout.num_devices,
         device=torch.cuda.get_device_name() if request.device == "cuda" else "cpu",
         backend=results[0].backend,
+        engine=request.engine,
         dtype=request.dtype,
         planned_dtype=plan.dtype,
         torch_version=torch.__version__,

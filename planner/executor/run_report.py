@@ -50,6 +50,7 @@ class RunReport(Facts):
     num_processes: Count
     device: str
     backend: str
+    engine: Literal["pipewright", "torch"]
     dtype: str
     planned_dtype: str  # what the predictions are for
     torch_version: str

@@ -73,7 +73,10 @@ def _train(job: JobDirectory, request: RunRequest) -> None:
     plan = Plan.load(job.plan)
     architecture, spec = model_of(plan)
     layers = [partial(_layer, architecture, spec, request, index) for index in range(spec.num_layers + 2)]
-    with Pipeline(
+    engine = Pipeline
+    if request.engine == "torch":
+        from planner.executor.torch_engine import TorchPipeline as engine  # noqa: N813
+    with engine(
         plan,
         layers,
         loss_fn,

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 
 def render_run(report: "RunReport") -> str:
     """What `pipewright run` prints for people."""
+    engine = "torch's runtime, " if report.engine == "torch" else ""
     rows = [
         ("ran", f"{report.layout}, {report.family}, {report.num_processes} processes on {report.device}"),
         (
             "with",
-            f"torch {report.torch_version}, {report.backend}, {report.dtype}, {report.threads_per_process} threads",
+            f"{engine}torch {report.torch_version}, {report.backend}, {report.dtype}, "
+            f"{report.threads_per_process} threads",
         ),
     ]
     if report.dtype != report.planned_dtype:

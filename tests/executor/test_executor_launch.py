@@ -12,6 +12,7 @@ from executor_cases import make_plan
 from planner.errors import ExecutionError
 from planner.executor.launch import run_plan
 from planner.executor.trace import Trace
+from planner.schedule.actions import Schedule
 from planner.schedule.families import get_family
 from profiles.errors import FileError
 from profiles.measure.models import model_spec_for
@@ -53,6 +54,26 @@ def test_a_run_trains_exactly_as_one_process_does_and_says_how_long_it_took(plan
     assert report.measured.step_us > 0
     trace = Trace.load(tmp_path / "trace.json")
     assert [len(rank.steps) for rank in trace.ranks] == [4, 4]
+
+
+def test_the_runtime_of_torch_trains_the_same_and_its_actions_are_measured_too(plan_path):
+    ours = run_plan(plan_path, steps=3, device="cpu")
+    report = run_plan(plan_path, steps=3, device="cpu", engine="torch", check=True)
+    assert report.engine == "torch"
+    assert ours.engine == "pipewright"
+    assert report.losses == ours.losses
+    assert report.exactness is not None
+    assert report.exactness.gradient_relative_difference < 1e-10
+    assert [(a.kind, a.stage, a.count) for a in report.actions] == [(k, s, 4) for s in (0, 1) for k in "FBW"]
+
+
+def test_what_the_runtime_of_torch_would_run_wrongly_is_refused_before_any_process_starts(tmp_path):
+    spec = model_spec_for("gpt2", num_layers=2, hidden_size=16, num_heads=2, vocab_size=31, sequence_length=8)
+    schedule = Schedule.from_lines(["F0.0 F0.1 BW0.1 BW0.0", "F1.1 BW1.1 F1.0 BW1.0"])
+    plan = make_plan(schedule, layers_per_stage=[2, 2], model=spec, architecture="gpt2", sequence_length=8)
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(ExecutionError, match=r"rank 1, step 0: F1\.1 comes before F1\.0"):
+        run_plan(tmp_path / "plan.json", device="cpu", engine="torch")
 
 
 def test_a_process_that_cannot_work_ends_the_run_with_its_own_words(plan_path):
