@@ -26,13 +26,17 @@ class RandomState(NamedTuple):
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(torch.get_rng_state(), cuda)
 
+    def restore(self, device: torch.device) -> None:
+        """Draw from this state from now on."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
     @contextmanager
     def replayed(self, device: torch.device) -> Iterator[None]:
         """Draw from this state inside the block, and go on after it as if nothing had been drawn."""
         with torch.random.fork_rng([] if self.cuda is None else [device]):
-            torch.set_rng_state(self.cpu)
-            if self.cuda is not None:
-                torch.cuda.set_rng_state(self.cuda, device)
+            self.restore(device)
             yield
 
 

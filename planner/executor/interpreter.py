@@ -19,6 +19,7 @@ from planner.errors import ExecutionError
 from planner.executor.checkpoint import Checkpoint, RandomState, without_graph
 from planner.executor.gradients import GradientSync
 from planner.executor.program import RankProgram, Step
+from planner.executor.rewind import Rewind
 from planner.executor.stage import Stage
 from planner.executor.trace import Tracer
 from planner.executor.transport import Transport
@@ -50,6 +51,7 @@ class Interpreter:
         tracer: Tracer,
         sync: GradientSync,
         *,
+        device: torch.device,
         gradient_scale: float,
     ) -> None:
         self._program = program
@@ -60,6 +62,7 @@ class Interpreter:
         self._sync = sync
         # The last backward of every stage here: W or BW, as every B comes before its W.
         self._closing = set({s.action.stage: s.action for s in program.steps if s.action.kind in _ENDS}.values())
+        self._device = device
         self._scale = gradient_scale
         self._inputs: Sequence[Tensor] = ()
         self._targets: Sequence[Tensor] = ()
@@ -72,15 +75,63 @@ class Interpreter:
         self._losses: dict[int, Tensor] = {}
         self.peak_graphs = 0  # most (stage, microbatch) whose graph was held at once in this step
 
-    def run(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+    def run(
+        self,
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        must_restart: Callable[[], bool] | None = None,
+    ) -> list[Tensor]:
         """Run the program once; `inputs` and `targets` have one tensor per microbatch, where this rank needs
         them.
+
+        `must_restart` is given when parameters are not yet validated. It is called at the cut
+        (`planner.executor.cut`) and makes them right; when it says so (on all ranks or on none), what has run
+        is thrown away and the program begins again, with the same random numbers and buffers.
 
         Returns the unscaled losses in microbatch order on the rank of the last stage, else nothing. Gradients
         are added to `.grad`.
         """
         self._inputs, self._targets = inputs, targets
         self.peak_graphs = 0
+        tracer, transport, program = self._tracer, self._transport, self._program
+        cut = 0
+        if must_restart is None:
+            transport.begin()
+        else:
+            cut = self._run_unvalidated(must_restart)
+        self._run_steps(program.steps[cut:])
+        waiting = tracer.mark()
+        transport.finish()
+        tracer.record("drain", None, None, waiting, waiting)
+        self._inputs = self._targets = ()
+        losses, self._losses = self._losses, {}
+        return [losses[microbatch] for microbatch in sorted(losses)]
+
+    def _run_unvalidated(self, must_restart: Callable[[], bool]) -> int:
+        """Run what comes before the cut; the number of steps that are done and stay."""
+        tracer, transport, cut = self._tracer, self._transport, self._program.num_unvalidated
+        here = Rewind((b for stage in self._stages.values() for b in stage.buffers()), self._device)
+        begun = tracer.mark()
+        transport.begin(unvalidated=True)
+        self._run_steps(self._program.steps[:cut])
+        waiting = tracer.mark()
+        restart = must_restart()
+        tracer.record("validate", None, None, waiting, waiting)
+        if not restart:
+            transport.validated()
+            return cut
+        # All that forwards leave.
+        self._graphs.clear()
+        self._checkpoints.clear()
+        self._activations.clear()
+        self._losses.clear()
+        transport.discard()
+        here.restore()
+        tracer.discard_step(begun)
+        transport.begin()
+        return 0
+
+    def _run_steps(self, steps: Sequence[Step]) -> None:
         run = {
             Kind.F: self._forward,
             Kind.R: self._recompute,
@@ -89,8 +140,7 @@ class Interpreter:
             Kind.W: self._weight,
         }
         tracer, transport, sync = self._tracer, self._transport, self._sync
-        transport.begin()
-        for step in self._program.steps:
+        for step in steps:
             kind, stage, microbatch = step.action
             waiting = start = tracer.mark()
             received = None
@@ -106,12 +156,6 @@ class Interpreter:
                 sync.stage_finished(stage)
             sync.look()
             del received, result
-        waiting = tracer.mark()
-        transport.finish()
-        tracer.record("drain", None, None, waiting, waiting)
-        self._inputs = self._targets = ()
-        losses, self._losses = self._losses, {}
-        return [losses[microbatch] for microbatch in sorted(losses)]
 
     def _forward(self, step: Step, received: Tensor | None) -> Tensor | None:
         """Returns what is to be sent."""

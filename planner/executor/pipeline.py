@@ -11,8 +11,7 @@ The gradients after `step` are those of the mean loss over the global batch, on 
 parameters it holds.
 """
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import accumulate
 from types import TracebackType
@@ -23,9 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from planner.errors import ExecutionError
+from planner.executor.gradient_norm import Rule
 from planner.executor.gradients import DataParallelSum, GradientSync, NoSync
 from planner.executor.groups import Coordinates, channel_groups, connect, refuse_unsupported
 from planner.executor.interpreter import Interpreter, LossFunction
+from planner.executor.optimizer import Optimizers, PipelineOptimizer
 from planner.executor.program import rank_program
 from planner.executor.stage import Layer, Stage, build_layer
 from planner.executor.trace import RankTrace, Trace, Tracer
@@ -122,8 +123,10 @@ class Pipeline:
             loss_fn,
             self.tracer,
             self._sync,
+            device=self.device,
             gradient_scale=1.0 / (layout.num_microbatches * layout.dp),
         )
+        self._optimizers = Optimizers(self._groups, layout, self.is_counted, timeout)
         self._failed = False
 
     @property
@@ -162,7 +165,8 @@ class Pipeline:
         self.tracer.begin_step()
         with torch.enable_grad():
             self._sync.begin()
-            losses = self._interpreter.run(split_inputs, split_targets)
+            must_restart = self._optimizers.must_restart if self._optimizers.needs_validation else None
+            losses = self._interpreter.run(split_inputs, split_targets, must_restart)
         loss = torch.stack(losses).mean() if losses else None
         if self.plan.layout.dp > 1:
             start = self.tracer.mark()
@@ -207,26 +211,45 @@ class Pipeline:
         self.module.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's part of the state dict of nn.Sequential(*layers)."""
+        """This process's part of the state dict of nn.Sequential(*layers), validated."""
+        self.validate()
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load this process's part; entries of other layers are passed over, missing ones are an error."""
+        self.validate()  # or what is loaded could be rolled back
         mine = {name: value for name, value in state.items() if name.partition(".")[0] in self.module}
         self.module.load_state_dict(mine)
 
-    def make_optimizer(self, cls: type[torch.optim.Optimizer], **options: Any) -> torch.optim.Optimizer:
-        """`cls(parameters, **options)`; with zero_stage 1, its state is sharded over the data ranks."""
-        layout = self.plan.layout
-        if layout.zero_stage == 0 or layout.dp == 1:
-            return cls(self.parameters(), **options)
-        with warnings.catch_warnings():
-            # On import the package warns about its own use of torch.jit.
-            warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
-            from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer(
-            self.parameters(), optimizer_class=cls, process_group=self._groups.data, **options
+    def make_optimizer(
+        self,
+        cls: type[torch.optim.Optimizer],
+        *,
+        parameters: Iterable[Any] | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = True,
+        post_validation: bool = False,
+        **options: Any,
+    ) -> PipelineOptimizer:
+        """`cls(parameters, **options)` with one gradient norm for the whole model. Every process must call it.
+
+        `parameters`: by default all this process holds; parameter groups as torch takes them. With zero_stage 1
+        the state is sharded over the data ranks. `max_grad_norm` clips like torch.nn.utils.clip_grad_norm_, on
+        the norm over all ranks; `skip_nonfinite` leaves a step out, on all ranks, when a gradient anywhere is
+        inf or NaN. `post_validation`: step without waiting for the ranks behind this one, and correct the step
+        afterwards if their gradients say so; see `PipelineOptimizer`.
+        """
+        return self._optimizers.make(
+            cls,
+            self.parameters() if parameters is None else parameters,
+            Rule(max_grad_norm, skip_nonfinite),
+            post_validation=post_validation,
+            options=options,
         )
+
+    def validate(self) -> None:
+        """Make this process's parameters right where an optimizer with post-validation made them too early."""
+        self._optimizers.validate()
 
     def trace(self) -> RankTrace:
         """What this process did in the last `trace_steps` steps."""
@@ -253,7 +276,9 @@ class Pipeline:
             dist.all_reduce(torch.zeros(1, device=self.device))
 
     def close(self) -> None:
-        """Leave the job; the process group goes too if it was made here."""
+        """Leave the job, validated; the process group goes too if it was made here."""
+        if not self._failed:
+            self._optimizers.finish()
         if self._groups.owns_world and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Literal
 
+from planner.executor.cut import unvalidated_cut
 from planner.schedule.actions import Action, Kind, Schedule
 from planner.schedule.transfers import Transfer, transfers
 
@@ -39,6 +40,8 @@ class RankProgram:
     incoming: tuple[Transfer, ...]  # in the order this rank needs them
     sent_to_me: tuple[Transfer, ...]  # the same transfers; on each channel, in the order the other end sends them
     channels: tuple[Channel, ...]  # of the whole pipeline, sorted
+    num_unvalidated: int  # leading steps that may run on parameters not yet validated: `planner.executor.cut`
+    sent_unvalidated: frozenset[Transfer]  # to this rank, by such steps of the others
 
 
 def rank_program(schedule: Schedule, rank: int) -> RankProgram:
@@ -65,6 +68,8 @@ def rank_program(schedule: Schedule, rank: int) -> RankProgram:
         if send is not None:
             heappush(undelivered[send.to_rank], (index[_consumer(send)], send))
         steps.append(Step(action, receive, send, tuple(delivered)))
+    cut = unvalidated_cut(schedule)
+    early = {(a.stage, a.microbatch) for actions, end in zip(schedule.ranks, cut, strict=True) for a in actions[:end]}
     return RankProgram(
         rank=rank,
         num_stages=schedule.num_stages,
@@ -76,6 +81,10 @@ def rank_program(schedule: Schedule, rank: int) -> RankProgram:
         incoming=tuple(step.receive for step in steps if step.receive is not None),
         sent_to_me=tuple(t for t in every if t.to_rank == rank),
         channels=tuple(sorted({channel_of(t) for t in every})),
+        num_unvalidated=cut[rank],
+        sent_unvalidated=frozenset(
+            t for t in every if t.to_rank == rank and t.kind == "activation" and (t.from_stage, t.microbatch) in early
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from planner.executor.groups import Coordinates
 from profiles.facts import Facts, NonNegative
 
-EventKind = Literal["F", "B", "W", "BW", "R", "drain", "reduce", "optimizer"]
+EventKind = Literal["F", "B", "W", "BW", "R", "drain", "reduce", "optimizer", "validate", "discarded"]
 
 
 class TraceEvent(Facts):
@@ -26,6 +26,9 @@ class TraceEvent(Facts):
     `reduce` with a stage is the data-parallel reduction of that stage's gradients, beside other events: from when it
     started until it was found to be over, after an action or at the end. `reduce` without one is what shows of them:
     from the end of the pipeline until the gradients are there.
+
+    `validate` settles an optimizer step made before its gradient norm was known; `discarded` is all that ran on
+    parameters which that put right.
     """
 
     kind: EventKind
@@ -176,6 +179,11 @@ class Tracer:
         """Something that waited from mark `waiting`, ran from mark `start`, and ends now."""
         if self._on:
             self._rows.append(_Row(kind, stage, microbatch, waiting, start, self._clock.mark()))
+
+    def discard_step(self, start: object) -> None:
+        """What this step recorded since mark `start` becomes one event that ends now."""
+        self._rows.clear()
+        self.record("discarded", None, None, start, start)
 
     def rank_trace(self, coordinates: Coordinates) -> RankTrace:
         """The kept steps, the present one included."""

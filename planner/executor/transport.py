@@ -9,7 +9,7 @@ from then on the shape is fixed, and the gradient that comes back has it too.
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 
@@ -68,14 +68,21 @@ class Transport:
         self._posted: dict[Transfer, tuple[dist.Work, torch.Tensor]] = {}
         self._outstanding: dict[Transfer, tuple[dist.Work, torch.Tensor]] = {}
         self._next = 0  # into program.incoming: the next receive this rank needs
+        self._only: Container[Transfer] | None = None  # what may be posted ahead; None is everything
         self._channel_order: dict[Channel, deque[Transfer]] = {}
         self._headers: list[tuple[Transfer, dist.Work, torch.Tensor]] = []
         self.peak_buffers = 0  # most boundary tensors held at once in this step, sends and receives
 
-    def begin(self) -> None:
-        """Start a step: post the first receives."""
+    def begin(self, *, unvalidated: bool = False) -> None:
+        """Start a step: post the first receives.
+
+        `unvalidated`: until `validated` or `discard` is called, receives are posted only for what other ranks send
+        before their own cut (`planner.executor.cut`). On each channel those come first, so that whatever is
+        posted has been sent, or will be, even if the step then starts again.
+        """
         self.peak_buffers = 0
         self._next = 0
+        self._only = self._program.sent_unvalidated if unvalidated else None
         if self._channels is not None:
             self._channel_order = {channel: deque() for channel in self._channels}
             for transfer in self._program.sent_to_me:
@@ -113,8 +120,30 @@ class Transport:
             self._wait(work, transfer)
         self._headers.clear()
 
+    def validated(self) -> None:
+        """The step goes on as it began."""
+        self._only = None
+        self._post_ahead()
+
+    def discard(self) -> None:
+        """Throw away an unvalidated beginning: receive what is still on its way here, wait for this rank's sends.
+
+        Every rank does the same, so all that was sent is received, and a step that begins after it finds the
+        channels (order) and tags of this rank as if nothing had been sent. Messages of other ranks' new
+        beginning may already follow; they match later receives, as both order and tag keep their order.
+        """
+        for transfer in self._program.incoming[self._next :]:
+            if transfer in self._program.sent_unvalidated and transfer not in self._posted:
+                self._post(transfer)
+        while self._posted:
+            transfer, (work, _buffer) = self._posted.popitem()
+            self._wait(work, transfer)
+        self.finish()
+
     def _post_ahead(self) -> None:
         for transfer in self._program.incoming[self._next : self._next + self._ahead]:
+            if self._only is not None and transfer not in self._only:
+                continue
             if transfer not in self._posted and self._can_post(transfer):
                 self._post(transfer)
 

@@ -138,7 +138,7 @@ def _train(zero_stage: int) -> float:
     plan = make_plan(schedule, layers_per_stage=[2, 2], dp=2, zero_stage=zero_stage)
     pipe = make_pipeline(plan, 4)
     optimizer = pipe.make_optimizer(torch.optim.AdamW, lr=0.01)
-    assert (type(optimizer) is torch.optim.AdamW) == (zero_stage == 0), type(optimizer)
+    assert (type(optimizer.inner) is torch.optim.AdamW) == (zero_stage == 0), type(optimizer.inner)
     model = nn.Sequential(*(make_layer(index, 4, 4) for index in range(4)))
     plain = torch.optim.AdamW(model.parameters(), lr=0.01)
     for batch in range(2):
