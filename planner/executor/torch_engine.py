@@ -131,6 +131,7 @@ class TorchPipeline(Pipeline):
             self._refuse_other_shape("targets", targets)
         self._failed = True  # until it is done
         self.tracer.begin_step()
+        self._optimizers.must_restart()  # parameters are validated before anything runs, so nothing has to be repeated
         with torch.enable_grad(), _telling_lost_peers():
             self._sync.begin()
             if self._runtime is None:
