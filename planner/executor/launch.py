@@ -276,7 +276,7 @@ def _action_times(stages: Sequence[StageCosts], results: Sequence[RankResult], s
             if step.step < skipped:
                 continue
             for event in step.events:
-                if event.stage is not None:
+                if event.stage is not None and event.microbatch is not None:
                     times = event.end_us - event.start_us, event.waited_us
                     seen[Kind(event.kind), event.stage].append(times)
     rows = []

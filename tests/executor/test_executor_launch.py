@@ -76,6 +76,17 @@ def test_what_the_runtime_of_torch_would_run_wrongly_is_refused_before_any_proce
         run_plan(tmp_path / "plan.json", device="cpu", engine="torch")
 
 
+def test_a_data_parallel_run_is_exact_and_counts_the_reduction_apart_from_the_actions(tmp_path):
+    report = run_plan(save_plan(tmp_path, "1f1b", dp=2), steps=3, device="cpu", check=True)
+    assert report.exactness is not None
+    assert report.exactness.gradient_relative_difference < 1e-10
+    one_step = 2 * 4  # data ranks × microbatches
+    assert {(a.kind, a.stage, a.count % one_step) for a in report.actions} == {
+        (k, s, 0) for s in (0, 1) for k in ("F", "BW")
+    }
+    assert report.measured.data_parallel_us > 0
+
+
 def test_a_process_that_cannot_work_ends_the_run_with_its_own_words(plan_path):
     with pytest.raises(ExecutionError, match=r"process \d failed with \w+: .*carrier-pigeon") as failure:
         run_plan(plan_path, steps=1, device="cpu", backend="carrier-pigeon")
