@@ -15,11 +15,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planner.api import json_schema, plan, profile, validate
     from planner.comparison import compare
+    from planner.given_schedule import with_schedule
     from planner.pipeline_costs import PipelineCosts
     from planner.plans import Plan
     from planner.scheduling import schedule_costs
 
-__all__ = ["PipelineCosts", "Plan", "compare", "json_schema", "plan", "profile", "schedule_costs", "validate"]
+__all__ = [
+    "PipelineCosts",
+    "Plan",
+    "compare",
+    "json_schema",
+    "plan",
+    "profile",
+    "schedule_costs",
+    "validate",
+    "with_schedule",
+]
 
 _HOME = {
     "PipelineCosts": "planner.pipeline_costs",
@@ -30,6 +41,7 @@ _HOME = {
     "profile": "planner.api",
     "schedule_costs": "planner.scheduling",
     "validate": "planner.api",
+    "with_schedule": "planner.given_schedule",
 }
 
 

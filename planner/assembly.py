@@ -40,6 +40,7 @@ def assemble(
         sequence_length=job.sequence_length,
         global_batch_size=job.global_batch_size,
         precision=job.precision,
+        engine=job.profile.origin.engine,
         layout=_layout(best, placed.devices),
         stages=best.cut.stages,
         family=best.family,

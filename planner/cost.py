@@ -3,7 +3,7 @@
 step time = max over ranks of (end of its last action + data-parallel traffic that shows) + optimizer step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 from planner.layout import Candidate
@@ -58,9 +58,23 @@ def stage_costs(
                 temporary_bytes=max(layer.temporary_bytes for layer in held),
                 transfer_us=0.0 if local else transfer_us(output),
                 splits_backward=all(layer.variant.recompute == "none" for layer in held),
+                deferred_parameter_bytes=_sum_if_all(layer.deferred_parameter_bytes for layer in held),
+                recompute_us=sum(layer.forward_us for layer in held),
+                # The first stage's input is no layer's output; its first layer keeps it, and maybe more.
+                checkpoint_bytes=layers[first - 1].output_bytes if first else held[0].activation_bytes,
             )
         )
     return tuple(stages)
+
+
+def _sum_if_all(sizes: Iterable[int | None]) -> int | None:
+    """None where one is None."""
+    total = 0
+    for size in sizes:
+        if size is None:
+            return None
+        total += size
+    return total
 
 
 def after_us(

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from planner.errors import PlanError, ScheduleError
 from planner.schedule.actions import Schedule
 from profiles.facts import Bytes, Count, Facts, Microseconds, NonNegative, NonNegativeCount
-from profiles.model import Dtype, ModelSpec, Recompute
+from profiles.model import Dtype, Engine, ModelSpec, Recompute
 
 ZeroStage = Literal[0, 1, 2, 3]
 RecomputePlan = Literal[Recompute, "mixed"]
@@ -119,12 +119,15 @@ class StageCosts(Facts):
     optimizer_us: Microseconds
     parameter_bytes: Bytes
     expert_parameter_bytes: Bytes = 0  # of parameter_bytes
+    deferred_parameter_bytes: Bytes | None = None  # of parameter_bytes: gradients come in W, not B; None: not told
     activation_bytes: Bytes
     weight_activation_bytes: Bytes
     output_bytes: Bytes
     temporary_bytes: Bytes
     transfer_us: Microseconds  # of its output to the next stage, and of that gradient back; 0 for the last
     splits_backward: bool = True  # False where a layer recomputes: its backward runs in one piece
+    recompute_us: Microseconds | None = None  # R, the forward again; None: not told, and the stage has no R
+    checkpoint_bytes: Bytes | None = None  # what F takes of a microbatch that has an R: the stage's input
 
 
 class RankMemory(Facts):
@@ -256,6 +259,7 @@ class Plan(Facts):
     sequence_length: Count
     global_batch_size: Count  # sequences per optimizer step
     precision: Precision
+    engine: Engine = "deferred-linear"  # how B and W are split: times and bytes of the stages are those of this engine
     layout: Layout
     stages: tuple[StageCosts, ...]
     family: str  # "1f1b", "zb-h1", ..., or "auto" when a solver made the order

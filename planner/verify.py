@@ -6,7 +6,7 @@ from planner.errors import PlanError
 from planner.layout import candidate_of
 from planner.memory import rank_memory
 from planner.plans import Plan
-from planner.schedule.actions import keep_together
+from planner.schedule.actions import Kind, Schedule, keep_together
 from planner.schedule.families import FAMILIES
 from planner.schedule.simulation import Timeline, simulate
 from planner.schedule.validation import check
@@ -29,6 +29,7 @@ def verify(plan: Plan) -> None:
     )
     _check_layers(plan)
     _check_family(plan)
+    _check_recompute(plan, schedule)
     timeline = simulate(schedule, plan.stages)
     _check_times(plan, timeline)
     _check_memory(plan, timeline)
@@ -55,6 +56,17 @@ def _check_family(plan: Plan) -> None:
     generated = family.generate(layout.pp, layout.num_microbatches, layout.virtual_stages)
     if keep_together(generated, [stage.splits_backward for stage in plan.stages]) != plan.parsed_schedule:
         raise PlanError(f"plan.schedule is not what family {plan.family!r} generates for this layout; name it auto")
+
+
+def _check_recompute(plan: Plan, schedule: Schedule) -> None:
+    for rank, actions in enumerate(schedule.ranks):
+        for step, action in enumerate(actions):
+            costs = plan.stages[action.stage]
+            if action.kind is Kind.R and (costs.recompute_us is None or costs.checkpoint_bytes is None):
+                raise PlanError(
+                    f"plan.schedule: rank {rank}, step {step}: {action} recomputes stage {action.stage}, but "
+                    f"plan.stages[{action.stage}] has no recompute_us or no checkpoint_bytes to count it with"
+                )
 
 
 def _check_times(plan: Plan, timeline: Timeline) -> None:

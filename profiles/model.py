@@ -23,6 +23,9 @@ float8 is the products of linear layers only: weights and activations stay in bf
 
 Recompute = Literal["none", "selective", "full"]
 LayerKind = Literal["embedding", "block", "head"]
+Engine = Literal["fused", "deferred-linear"]
+"""How a backward is split. "deferred-linear": products with parameters leave their weight gradients to W, all other
+parameters get theirs within B (`profiles.measure.split_backward`). "fused": not at all, B is the whole backward."""
 
 
 class MixtureOfExperts(Facts):
@@ -184,6 +187,7 @@ class LayerProfile(Facts):
     weight_activation_bytes: Bytes
     output_bytes: Bytes  # what goes to the next stage, and comes back as its gradient
     temporary_bytes: Bytes = 0
+    deferred_parameter_bytes: Bytes | None = None  # of parameter_bytes: gradients come in W, not B; None: not told
     expert_parameter_bytes: Bytes = 0  # of parameter_bytes: experts, of which each device holds 1/ep of all
     ring_bytes: Bytes = 0  # K and V of this device's tokens: passed on cp − 1 times in F, twice as much in B
     ring_hidden_forward_us: Microseconds = 0.0  # time of attention in F, behind which that ring can hide
@@ -223,7 +227,7 @@ class Origin(Facts):
     device_kind: Literal["cpu", "cuda", "rocm"] | None = None  # of what it was measured on; None for an estimate
     when: str  # ISO date and time, UTC; empty for an estimate, so that equal inputs give equal files
     how: str  # "median of 20 runs after 3 warm-ups, torch 2.13.0, 1 thread"
-    engine: Literal["fused", "deferred-linear"] = "deferred-linear"  # how W is split from B
+    engine: Engine = "deferred-linear"  # how W is split from B
 
 
 class MeasuredLinks(Facts):

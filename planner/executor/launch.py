@@ -287,6 +287,7 @@ def _action_times(stages: Sequence[StageCosts], results: Sequence[RankResult], s
             Kind.B: costs.backward_input_us,
             Kind.W: costs.backward_weight_us,
             Kind.BW: costs.fused_backward_us,
+            Kind.R: costs.recompute_us or 0.0,
         }[kind]
         durations, waits = zip(*seen[kind, stage], strict=True)
         rows.append(

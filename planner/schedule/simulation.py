@@ -144,7 +144,7 @@ def simulate(schedule: Schedule, stages: Sequence[StageLike]) -> Timeline:
     """
     for index, stage in enumerate(stages):
         for name in _TIMES:
-            value = getattr(stage, name, 0.0)
+            value = getattr(stage, name, None) or 0.0
             if not 0 <= value < math.inf:
                 raise ValueError(f"stage {index}: {name} is {value}, not a finite time of at least 0")
     order = run_order(schedule, num_stages=len(stages))
@@ -168,7 +168,7 @@ def _durations_us(stages: Sequence[StageLike]) -> dict[str, list[float]]:
         Kind.B: [stage.backward_input_us for stage in stages],
         Kind.W: [stage.backward_weight_us for stage in stages],
         Kind.BW: [stage.fused_backward_us for stage in stages],
-        Kind.R: [getattr(stage, "recompute_us", 0.0) for stage in stages],
+        Kind.R: [getattr(stage, "recompute_us", None) or 0.0 for stage in stages],
     }
 
 
@@ -321,4 +321,5 @@ def _peak_bytes(actions: Sequence[Action], stages: Sequence[StageLike]) -> int:
 
 def _saved_bytes(stage: StageLike) -> int:
     """What a microbatch that is recomputed need not hold before R."""
-    return stage.activation_bytes - getattr(stage, "checkpoint_bytes", stage.activation_bytes)
+    kept = getattr(stage, "checkpoint_bytes", None)
+    return 0 if kept is None else stage.activation_bytes - kept

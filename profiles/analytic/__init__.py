@@ -167,6 +167,7 @@ def _layer_profile(kind: LayerKind, shard: Shard, layer: Layer, software: Softwa
         optimizer_us=_optimizer_us(shard, num_parameters),
         parameter_bytes=ceil(num_parameters * shard.element_bytes),
         expert_parameter_bytes=ceil(sum(operation.num_expert_parameters for operation in layer) * shard.element_bytes),
+        deferred_parameter_bytes=ceil(sum(o.num_parameters for o in layer if o.weight_us) * shard.element_bytes),
         activation_bytes=ceil(saved),
         weight_activation_bytes=ceil(sum(operation.weight_saved_bytes for operation in layer)),
         output_bytes=0 if kind == "head" else ceil(shard.shard_bytes),

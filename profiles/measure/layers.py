@@ -92,6 +92,7 @@ class _Memory:
     weight_activation_bytes: int
     output_bytes: int
     temporary_bytes: int
+    deferred_parameter_bytes: int
 
 
 class _Chain:
@@ -178,6 +179,7 @@ class _Chain:
             with split.phase("B"):
                 _backward(output, gradient)
             weight_activation_bytes = store.held_bytes
+            deferred_bytes = sum(p.numel() * p.element_size() for p in store.parameters)
             with split.phase("W"):
                 store.run()
         x = _as_input(given)
@@ -198,6 +200,7 @@ class _Chain:
                 forward.peak_bytes - forward.end_bytes,
                 *(_rise_bytes(phase) for phase in (split.phases["B"], split.phases["W"], fused.phases["BW"])),
             ),
+            deferred_parameter_bytes=deferred_bytes,
         )
 
     def _profile(self, index: int, memory: _Memory) -> LayerProfile:
@@ -213,6 +216,7 @@ class _Chain:
             fused_backward_us=times["BW"].median_us,
             optimizer_us=times["optimizer"].median_us,
             parameter_bytes=sum(p.numel() * p.element_size() for p in self._layers[index].parameters),
+            deferred_parameter_bytes=memory.deferred_parameter_bytes,
             activation_bytes=memory.activation_bytes,
             weight_activation_bytes=memory.weight_activation_bytes,
             output_bytes=memory.output_bytes,

@@ -58,6 +58,9 @@ class _Work(Protocol):
     """One weight gradient still to be computed."""
 
     @property
+    def parameters(self) -> tuple[Tensor, ...]: ...
+
+    @property
     def held(self) -> tuple[Tensor, ...]: ...
 
     def accumulate(self) -> None: ...
@@ -78,6 +81,11 @@ class WeightGradStore:
     def held_bytes(self) -> int:
         """Bytes of the storages kept alive for W, each counted once."""
         return storage_bytes(tensor for work in self._queue for tensor in work.held)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Whose gradients are still to be computed, each parameter once."""
+        return list({id(parameter): parameter for work in self._queue for parameter in work.parameters}.values())
 
     def put(self, work: _Work) -> None:
         """Queue one weight gradient."""
@@ -205,6 +213,10 @@ class _LinearWork:
     bias: Tensor | None
 
     @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
     def held(self) -> tuple[Tensor, ...]:
         return self.x, self.dy
 
@@ -248,6 +260,10 @@ class _EmbeddingWork:
     dy: Tensor
     weight: Tensor
     padding_row: int | None
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.weight,)
 
     @property
     def held(self) -> tuple[Tensor, ...]:

@@ -53,6 +53,40 @@ def test_bytes_of_a_bundled_profile_are_those_of_its_shape():
     assert block.weight_activation_bytes == tokens * 16 * 16 * element
 
 
+def test_a_profile_says_whose_weight_gradients_w_computes():
+    spec = model_spec_for("gpt2", **SIZES)
+    embedding, block, head = (
+        group.profiles[0] for group in profile_bundled("gpt2", spec, micro_batch_sizes=(1,), **QUICK).layers
+    )
+    norm_bytes = 2 * 16 * 4  # weight and bias in float32, within B
+    assert embedding.deferred_parameter_bytes == embedding.parameter_bytes
+    assert block.deferred_parameter_bytes == block.parameter_bytes - 2 * norm_bytes
+    assert head.deferred_parameter_bytes == head.parameter_bytes - norm_bytes
+    attention = nn.MultiheadAttention(16, 2)  # torch hides its products
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    fused = (
+        profile_layers(
+            [ProfiledLayer("first", "block", nn.Linear(16, 16)), ProfiledLayer("hidden", "block", Attention())],
+            lambda n: (torch.randn(n, 8, 16), torch.randn(n, 8, 16)),
+            nn.functional.mse_loss,
+            model=spec,
+            micro_batch_sizes=(1,),
+            **QUICK,
+        )
+        .layers[1]
+        .profiles[0]
+    )
+    assert fused.deferred_parameter_bytes == fused.weight_activation_bytes == 0
+
+
 def test_own_layers_are_profiled_too():
     spec = model_spec_for("gpt2", **SIZES)
     inputs, targets = torch.randn(4, 8, 16), torch.randn(4, 8, 16)

@@ -1,0 +1,107 @@
+"""A schedule put into a plan: predicted anew, verified, and refused where it does not fit."""
+
+import json
+
+import pytest
+
+from planner import Plan, with_schedule
+from planner.api import plan
+from planner.errors import PlanError, ScheduleError
+from planner.schedule.actions import Schedule
+from planner.schedule.simulation import simulate
+from planner.verify import verify
+
+
+@pytest.fixture(scope="module")
+def gpipe():
+    return plan(
+        "gpt2-xl",
+        "1x2xa100-40gb",
+        global_batch_size=4,
+        pp=2,
+        dp=1,
+        tp=1,
+        micro_batch_size=1,
+        family="gpipe",
+        recompute="none",
+        time_limit_s=20,
+    )
+
+
+def recomputing(gpipe: Plan, *, stage: int) -> Schedule:
+    """The plan's own order with an R before every backward of one stage."""
+    lines = []
+    for line in gpipe.schedule:
+        tokens = []
+        for token in line.split():
+            kind, _, rest = token.partition(str(stage) + ".")
+            if kind == "BW":
+                tokens.append(f"R{stage}.{rest}")
+            tokens.append(token)
+        lines.append(" ".join(tokens))
+    return Schedule.from_lines(lines)
+
+
+def test_recompute_costs_a_forward_and_saves_all_but_the_inputs(gpipe):
+    given = with_schedule(gpipe, recomputing(gpipe, stage=0))
+    verify(given)
+    before, after, first = gpipe.prediction, given.prediction, gpipe.stages[0]
+    m = gpipe.layout.num_microbatches
+    assert before.memory[0].activation_bytes == m * first.activation_bytes
+    assert after.memory[0].activation_bytes == first.activation_bytes + (m - 1) * first.checkpoint_bytes
+    assert after.memory[1] == before.memory[1]
+    assert first.checkpoint_bytes < first.activation_bytes / 10
+    # Rank 0 waits for the first gradient anyway: only the other m − 1 show.
+    assert 0 < after.pipeline_us - before.pipeline_us <= m * first.recompute_us * (1 + 1e-9)
+    assert after.pipeline_us == simulate(recomputing(gpipe, stage=0), gpipe.stages).makespan_us
+
+
+def test_a_later_stage_keeps_what_the_stage_before_it_sends(gpipe):
+    assert gpipe.stages[1].checkpoint_bytes == gpipe.stages[0].output_bytes
+    assert gpipe.stages[1].recompute_us == gpipe.stages[1].forward_us
+
+
+def test_nothing_that_was_proven_of_the_old_schedule_is_claimed_of_the_new_one(gpipe, tmp_path):
+    given = with_schedule(gpipe, recomputing(gpipe, stage=1))
+    assert given.certificate.schedule_solver == "given"
+    assert given.certificate.lower_bound_kind.startswith("work of the busiest rank")
+    assert given.certificate.lower_bound_us < given.prediction.step_time_us
+    assert (given.alternatives, given.prediction.parts, given.family) == ((), None, "auto")
+    given.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == given
+
+
+def test_the_plans_own_schedule_gives_its_own_prediction_back(gpipe):
+    again = with_schedule(gpipe, gpipe.parsed_schedule).prediction
+    assert again.step_time_us == pytest.approx(gpipe.prediction.step_time_us)
+    assert again.memory == gpipe.prediction.memory
+
+
+def test_a_schedule_for_other_microbatches_is_refused(gpipe):
+    with pytest.raises(ScheduleError, match="stage 0 must run all 4 microbatches"):
+        with_schedule(gpipe, Schedule.from_lines(["F0.0 BW0.0", "F1.0 BW1.0"]))
+
+
+def test_a_schedule_that_does_not_fit_is_refused_with_the_rank_and_the_bytes(gpipe):
+    small = gpipe.prediction.memory[0].model_copy(update={"capacity_bytes": 10**9})
+    memory = (small, *gpipe.prediction.memory[1:])
+    tight = gpipe.model_copy(update={"prediction": gpipe.prediction.model_copy(update={"memory": memory})})
+    with pytest.raises(PlanError, match=r"pipeline rank 0 needs \d+ bytes and may use 1000000000"):
+        with_schedule(tight, recomputing(gpipe, stage=1))
+
+
+def test_recompute_of_a_stage_without_its_costs_is_refused(gpipe):
+    data = json.loads(gpipe.model_dump_json(by_alias=True))
+    del data["stages"][1]["recompute_us"]
+    older = Plan.model_validate_json(json.dumps(data))
+    with pytest.raises(PlanError, match=r"recomputes stage 1, but plan\.stages\[1\] has no recompute_us"):
+        with_schedule(older, recomputing(gpipe, stage=1))
+    by_hand = older.model_copy(update={"family": "auto", "schedule": recomputing(gpipe, stage=1).to_lines()})
+    with pytest.raises(PlanError, match=r"rank 1, step 4: R1\.0 recomputes stage 1, but plan\.stages\[1\]"):
+        verify(by_hand)
+
+
+def test_the_plan_says_which_engine_its_times_are_of_and_what_w_computes(gpipe):
+    assert gpipe.engine == "deferred-linear"
+    for stage in gpipe.stages:
+        assert 0.99 * stage.parameter_bytes < stage.deferred_parameter_bytes < stage.parameter_bytes  # all but norms
