@@ -10,7 +10,7 @@ from functools import cached_property
 from planner.cost import least_work_us, slowest_group, smallest_device
 from planner.floor import LayerFloor, StepFloor, total
 from planner.layout import Candidate
-from planner.memory import capacity_bytes, model_state_bytes
+from planner.memory import bucket_bytes, buffer_bytes, capacity_bytes, model_state_bytes
 from planner.plans import Precision
 from planner.topology import kind_of_rank
 from planner.traffic import (
@@ -89,6 +89,16 @@ class LayerOptions:
     def least_output_bytes(self) -> int:
         """The smallest boundary tensor."""
         return min((layer.output_bytes for layer in self.base[:-1]), default=0)
+
+    @cached_property
+    def least_temporary_bytes(self) -> int:
+        """The least that any layer needs while it runs."""
+        return min(layer.temporary_bytes for layers in self.layers for layer in layers)
+
+    @cached_property
+    def least_parameter_bytes(self) -> int:
+        """The smallest layer's weights."""
+        return min(layer.parameter_bytes for layer in self.base)
 
     @cached_property
     def boundary_bytes(self) -> int:
@@ -227,7 +237,8 @@ class CandidateCosts:
         """A lower bound on every step time of this candidate."""
         speeds, fastest = self._speeds(candidate)
         options = self.options(candidate, fastest if len(self.job.profiles) > 1 else None)
-        room = sum(self.capacities(candidate)) - self.all_states_bytes(candidate)
+        beside = self._least_beside_bytes(candidate, options)
+        room = sum(self.capacities(candidate)) - candidate.pp * beside - self.all_states_bytes(candidate)
         hop_us = self.transfer_us(candidate, options.least_output_bytes)
         layers, totals = self._layer_floors(candidate, options)
         return StepFloor(
@@ -237,9 +248,16 @@ class CandidateCosts:
             traffic=self.traffic(candidate),
             speeds=speeds,
             hop_us=hop_us if candidate.pp > 1 else 0.0,
-            capacity_bytes=max(self.capacities(candidate)),
+            capacity_bytes=max(self.capacities(candidate)) - beside,
             room_bytes=max(1, room),
         )
+
+    def _least_beside_bytes(self, candidate: Candidate, options: LayerOptions) -> int:
+        """What every device of a pipeline takes at least beside model states and activations."""
+        parameters = options.least_parameter_bytes // BYTES_PER_ELEMENT[self.job.dtype]
+        buckets = bucket_bytes(parameters, candidate, self.job.precision)
+        boundaries = buffer_bytes(options.least_output_bytes, 1) if candidate.pp > 1 else 0
+        return options.least_temporary_bytes + boundaries + buckets
 
     def _layer_floors(self, candidate: Candidate, options: LayerOptions) -> tuple[tuple[LayerFloor, ...], LayerFloor]:
         key = id(options), candidate.zero_stage, candidate.shard_degree, candidate.dp * candidate.cp

@@ -8,8 +8,8 @@ head_r be the time before rank r can start, and M the step time.
 - *Way back.* Between a rank's first F and last B lie all its F and B, and the gradient then has to go back through all
   layers before: head_r + m · (F + B)_r + tail_r ≤ M. Where the backward is in one piece, W is part of B.
 - *First gradient.* No B runs on rank r before one microbatch has passed all layers and come back to the rank: at
-  wait_r = all F + the B of the layers behind. Until then only F can run, no more than memory holds: m · work_r −
-  min(m · F_r, ρ · room_r) + wait_r ≤ M with ρ the most F time per byte kept. Recomputing a layer frees its memory for
+  wait_r = all F + the B of the layers behind. Until then only F can run, no more than memory holds: wait_r + m · work_r
+  − min(m · F_r, ρ · room_r) + e_r + o_r ≤ M with ρ the most F time per byte kept. Recomputing a layer frees its memory for
   other F, but adds as much work as F time that it lets in; a choice that costs less than it frees counts as not
   recomputed, with its smaller memory (`LayerFloor.kept_bytes`).
 - *Chain* and *memory × time*: see `StepFloor._chain_us` and `StepFloor._memory_us`.
@@ -18,7 +18,8 @@ head_r be the time before rank r can start, and M the step time.
 per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never hurts those behind.
 With several chunks, the k-th rank that is entered waits for at least k layers, the k-th that gets a gradient likewise,
 and ranks are only asked to hold all blocks between them, in whole ones; pairing both orders is the best case, as
-Σ min(a_k, b_k) is largest when both are sorted alike.
+Σ min(a_k, b_k) is largest when both are sorted alike. On its way a microbatch crosses between ranks v · (p − 1) times at
+least, as the chunks lie round robin or in zigzag.
 """
 
 import math
@@ -58,7 +59,7 @@ class StepFloor:
     traffic: StepTraffic
     speeds: tuple[float, ...]  # of every rank's devices relative to the fastest, as `layers` are costed; shape (p,)
     hop_us: float  # least transfer to the next rank
-    capacity_bytes: float = math.inf  # of the roomiest rank
+    capacity_bytes: float = math.inf  # of the roomiest rank, for model states and activations
     room_bytes: float = math.inf  # what all ranks of one replica together have for activations
 
     @cached_property
@@ -96,6 +97,11 @@ class StepFloor:
     @cached_property
     def _alike(self) -> bool:
         return min(self.speeds) == 1.0
+
+    @property
+    def _hops_us(self) -> float:
+        """Least transfers of a microbatch on its way through all stages."""
+        return self.candidate.virtual_stages * (self.candidate.pp - 1) * self.hop_us
 
     def _after_us(self, layer: LayerFloor) -> float:
         """What follows a rank's last backward, by layer: the linear bound that is better for all layers together."""
@@ -158,7 +164,7 @@ class StepFloor:
         after that their B.
         """
         back = self._inward if splits_backward else self._fused
-        through_us = self._forward[-1] + back[-1] + 2 * (self.candidate.pp - 1) * self.hop_us
+        through_us = self._forward[-1] + back[-1] + 2 * self._hops_us
         ends = zip(pairwise(self._forward), pairwise(back), strict=True)
         passing = (f0 + b0 + self._m * (f1 - f0 + b1 - b0) for (f0, f1), (b0, b1) in ends)
         return max(through_us, *passing)
@@ -209,7 +215,7 @@ class StepFloor:
     def _ends_by_first_gradient(self, left: float, cut: int) -> list[int]:
         """How far a rank that starts at `cut` may reach, plus one: wait + work − F before the first B ≤ left."""
         whole, held = self._gradient_sums
-        given = left - self._forward[-1] - (self.candidate.pp - 1) * self.hop_us - self._inward[-1]
+        given = left - self._forward[-1] - self._hops_us - self._inward[-1]
         ends = [bisect_right(whole, given + whole[cut] + self._inward[cut])]
         if held is not None:
             room = self._forward_us_per_byte * self.capacity_bytes
@@ -218,14 +224,18 @@ class StepFloor:
 
     @cached_property
     def _gradient_sums(self) -> tuple[list[float], list[float] | None]:
-        """m · (work − F) − B, and m · work + ρ · states − B, summed from the front; neither descends."""
+        """m · (work − F) + after − B, and m · work + after + ρ · states − B, summed from the front; neither descends."""
         m, rate = self._m, self._forward_us_per_byte
-        whole = self._sums(lambda layer: max(0.0, m * (layer.work_us - layer.forward_us) - layer.backward_us))
-        if math.isinf(rate) or math.isinf(self.capacity_bytes):
-            return whole, None
-        return whole, self._sums(
-            lambda layer: max(0.0, m * layer.work_us + rate * layer.state_bytes - layer.backward_us)
-        )
+        after_us = self._after_us if self._load is not None else _nothing
+
+        def whole_us(layer: LayerFloor) -> float:
+            return max(0.0, m * (layer.work_us - layer.forward_us) + after_us(layer) - layer.backward_us)
+
+        def held_us(layer: LayerFloor) -> float:
+            return max(0.0, m * layer.work_us + after_us(layer) + rate * layer.state_bytes - layer.backward_us)
+
+        in_memory = math.isfinite(rate) and math.isfinite(self.capacity_bytes)
+        return self._sums(whole_us), self._sums(held_us) if in_memory else None
 
     @cached_property
     def _least_block(self) -> tuple[LayerFloor, float, float]:
@@ -240,27 +250,34 @@ class StepFloor:
         if num_blocks < 1:
             return True
         least, after_us, after_forward_us = self._least_block
-        each_us = m * least.work_us + (after_us if self._alike else 0.0)
+        if not self._alike:
+            after_us = 0.0
+        each_us = m * least.work_us + after_us
         head_us = least.forward_us + self.hop_us
         tail_us = (least.backward_us if splits_backward else least.fused_us) + self.hop_us
         passed_us = m * (least.forward_us + (least.backward_us if splits_backward else least.fused_us))
-        wait_us = self.totals.forward_us + (self.candidate.pp - 1) * self.hop_us
+        wait_us = self.totals.forward_us + self._hops_us
         rate = self._forward_us_per_byte
         in_memory = self._alike and math.isfinite(rate) and math.isfinite(self.capacity_bytes)
         held, total = 0, 0.0
         for rank, speed in enumerate(sorted(self.speeds, reverse=True)):
-            before = max(0, rank - 1)
+            before = max(0, rank - 1)  # one of the ranks before may hold the embedding, or the head, alone
             room = (left - before * head_us) * speed
             most = min(room / each_us, (left - before * (head_us + tail_us)) * speed / passed_us)
             if self._alike:
                 waited = left - wait_us - before * tail_us
-                most = min(most, waited / after_forward_us if after_forward_us > 0 else math.inf)
+                after_wait_us = after_forward_us + after_us
+                most = min(most, waited / after_wait_us if after_wait_us > 0 else math.inf)
                 if in_memory:
                     kept = waited + rate * self.capacity_bytes
-                    most = min(most, kept / (m * least.work_us + rate * least.state_bytes))
+                    most = min(most, kept / (each_us + rate * least.state_bytes))
             held += max(0, math.floor(most + 1e-9))
             total += max(0.0, room)
         return held >= num_blocks and total >= max(self._work[-1], 0.0 if self._load is None else self._load[-1])
+
+
+def _nothing(_layer: LayerFloor) -> float:
+    return 0.0
 
 
 def total(layers: Sequence[LayerFloor]) -> LayerFloor:
