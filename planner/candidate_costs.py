@@ -128,7 +128,7 @@ class CandidateCosts:
         self.capacity_bytes = capacity_bytes(smallest_device(job.cluster))
         self._kinds: dict[int, tuple[tuple[int, ...], list[int]]] = {}
         self.known_variants = frozenset(job.profile.variants)
-        self._options: dict[tuple[Candidate, int | None, bool], LayerOptions] = {}
+        self._options: dict[tuple[tuple[object, ...], int | None, bool], LayerOptions] = {}
         self._floors: dict[tuple[int, ...], tuple[tuple[LayerFloor, ...], LayerFloor]] = {}
         self._traffic: dict[tuple[object, ...], StepTraffic] = {}
         self._spans: dict[tuple[int, ...], Spans] = dict(spans or {})
@@ -174,11 +174,12 @@ class CandidateCosts:
 
     def options(self, candidate: Candidate, group: int | None = None) -> LayerOptions:
         """The costs of every layer, in order, under each choice, on the slowest devices or those of one node group."""
-        shared = self.job.profile.model.tied_embeddings and (candidate.pp == 1 or candidate.virtual_stages > 1)
-        alike = candidate._replace(virtual_stages=1, num_microbatches=1)
-        if candidate.zero_stage < 2 and candidate.ep == candidate.cp == 1:  # nothing is sent that depends on the rest
-            alike = alike._replace(pp=1, dp=1, zero_stage=0, shard_degree=1)
-        key = alike, group, shared
+        c = candidate
+        shared = self.job.profile.model.tied_embeddings and (c.pp == 1 or c.virtual_stages > 1)
+        layer: tuple[object, ...] = (c.tp, c.micro_batch_size, c.recompute, c.sequence_parallel)
+        if c.zero_stage >= 2 or c.ep * c.cp > 1:  # else nothing is sent that depends on the rest
+            layer += (c.pp, c.dp, c.zero_stage, c.cp, c.ep, c.shard_degree)
+        key = layer, group, shared
         if key not in self._options:
             job, spans = self.job, self.spans(candidate)
             profile = job.profile if group is None else job.profiles[group]
@@ -309,32 +310,26 @@ def span_key(candidate: Candidate) -> tuple[int, ...]:
 
 def _layer_floors(options: LayerOptions, dtype: Dtype, states: Mapping[int, int]) -> tuple[LayerFloor, ...]:
     """What each layer costs at least; layers that repeat are worked out once. `states`: bytes by id of a base layer."""
-    size, made, floors = BYTES_PER_ELEMENT[dtype], {}, []
-    below = 0.0  # F and B of the layers behind, which a microbatch passes while this one holds it
-    for same in reversed(list(zip(*options.layers, strict=True))):
-        base = same[0]
-        below += base.forward_us + min(base.backward_input_us, base.fused_backward_us)
-        key = tuple(map(id, same))
+    size, made = BYTES_PER_ELEMENT[dtype], dict[tuple[int, ...], LayerFloor]()
+    floors = []
+    for same in zip(*options.layers, strict=True):
+        base, key = same[0], tuple(map(id, same))
         if key not in made:
             experts = base.expert_parameter_bytes / size
-            made[key] = (
-                LayerFloor(
-                    forward_us=min(layer.forward_us for layer in same),
-                    backward_us=min(min(layer.backward_input_us, layer.fused_backward_us) for layer in same),
-                    fused_us=min(layer.fused_backward_us for layer in same),
-                    work_us=min(map(least_work_us, same)),
-                    dense_parameters=base.parameter_bytes / size - experts,
-                    expert_parameters=experts,
-                    optimizer_us=base.optimizer_us,
-                    state_bytes=states[id(base)],
-                    kept_bytes=_kept_bytes(same),
-                    hull=(),
-                ),
-                _hull([(least_work_us(layer), float(layer.activation_bytes)) for layer in same]),
+            made[key] = LayerFloor(
+                forward_us=min(layer.forward_us for layer in same),
+                backward_us=min(min(layer.backward_input_us, layer.fused_backward_us) for layer in same),
+                fused_us=min(layer.fused_backward_us for layer in same),
+                work_us=min(map(least_work_us, same)),
+                dense_parameters=base.parameter_bytes / size - experts,
+                expert_parameters=experts,
+                optimizer_us=base.optimizer_us,
+                state_bytes=states[id(base)],
+                kept_bytes=_kept_bytes(same),
+                hull=_hull([(least_work_us(layer), float(layer.activation_bytes)) for layer in same]),
             )
-        floor, hull = made[key]
-        floors.append(floor._replace(hull=tuple((work, held * below) for work, held in hull)))
-    return tuple(reversed(floors))
+        floors.append(made[key])
+    return tuple(floors)
 
 
 def _kept_bytes(same: Sequence[LayerProfile]) -> float:

@@ -9,8 +9,8 @@ head_r be the time before rank r can start, and M the step time.
   layers before: head_r + m · (F + B)_r + tail_r ≤ M. Where the backward is in one piece, W is part of B.
 - *First gradient.* No B runs on rank r before one microbatch has passed all layers and come back to the rank: at
   wait_r = all F + the B of the layers behind. Until then only F can run, no more than memory holds: wait_r + m · work_r
-  − min(m · F_r, ρ · room_r) + e_r + o_r ≤ M with ρ the most F time per byte kept. Recomputing a layer frees its memory for
-  other F, but adds as much work as F time that it lets in; a choice that costs less than it frees counts as not
+  − min(m · F_r, ρ · room_r) + e_r + o_r ≤ M with ρ the most F time per byte kept. Recomputing a layer frees its memory
+  for other F, but adds as much work as F time that it lets in; a choice that costs less than it frees counts as not
   recomputed, with its smaller memory (`LayerFloor.kept_bytes`).
 - *Chain* and *memory × time*: see `StepFloor._chain_us` and `StepFloor._memory_us`.
 
@@ -18,8 +18,8 @@ head_r be the time before rank r can start, and M the step time.
 per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never hurts those behind.
 With several chunks, the k-th rank that is entered waits for at least k layers, the k-th that gets a gradient likewise,
 and ranks are only asked to hold all blocks between them, in whole ones; pairing both orders is the best case, as
-Σ min(a_k, b_k) is largest when both are sorted alike. On its way a microbatch crosses between ranks v · (p − 1) times at
-least, as the chunks lie round robin or in zigzag.
+Σ min(a_k, b_k) is largest when both are sorted alike. A microbatch crosses between ranks v · (p − 1) times at least on
+its way up, as chunks lie round robin or in zigzag.
 """
 
 import math
@@ -46,7 +46,7 @@ class LayerFloor(NamedTuple):
     optimizer_us: float
     state_bytes: int  # weights, gradients and optimizer on one device
     kept_bytes: float  # of one microbatch from F to B, where it is not recomputed
-    hull: tuple[tuple[float, float], ...]  # (work µs, bytes × µs held per microbatch), more work for less memory
+    hull: tuple[tuple[float, float], ...]  # (work µs, bytes held) of one microbatch, more work for less memory
 
 
 @dataclass(frozen=True)
@@ -177,15 +177,17 @@ class StepFloor:
         M ≥ max(m · work(x) / p, m · held(x) / room) is least where the two meet.
         """
         m, pp = self._m, sum(self.speeds)
-        work = sum(layer.hull[0][0] for layer in self.layers)
-        held = sum(layer.hull[0][1] for layer in self.layers)
+        work, held, pieces = 0.0, 0.0, []
+        for index, layer in enumerate(self.layers):
+            held_us = self._forward[-1] - self._forward[index] + self._inward[-1] - self._inward[index]
+            work += layer.hull[0][0]
+            held += layer.hull[0][1] * held_us
+            pieces += [
+                (more - work_us, (held_bytes - less) * held_us)
+                for (work_us, held_bytes), (more, less) in pairwise(layer.hull)
+            ]
         if math.isinf(self.room_bytes) or held / self.room_bytes <= work / pp:
             return m * work / pp
-        pieces = [
-            (more - work_us, held_bytes - less)
-            for layer in self.layers
-            for (work_us, held_bytes), (more, less) in pairwise(layer.hull)
-        ]
         for more_work, less_held in sorted(pieces, key=lambda piece: piece[0] / piece[1]):
             if (held - less_held) / self.room_bytes <= (work + more_work) / pp:
                 share = (held / self.room_bytes - work / pp) / (more_work / pp + less_held / self.room_bytes)
@@ -224,7 +226,7 @@ class StepFloor:
 
     @cached_property
     def _gradient_sums(self) -> tuple[list[float], list[float] | None]:
-        """m · (work − F) + after − B, and m · work + after + ρ · states − B, summed from the front; neither descends."""
+        """m · (work − F) + after − B, m · work + after + ρ · states − B: summed from the front; neither descends."""
         m, rate = self._m, self._forward_us_per_byte
         after_us = self._after_us if self._load is not None else _nothing
 

@@ -1,8 +1,8 @@
 """One candidate, priced in full: cut, scheduled, simulated, accounted for in memory."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from planner.cost import after_us
@@ -18,8 +18,11 @@ from planner.schedule.residency import held_at_fullest, peak_in_flight, peak_per
 from planner.schedule.simulation import Timeline, simulate
 from profiles.model import LayerProfile
 from solvers.bounds import best_bound
-from solvers.pipeline import PipelineSolution
+from solvers.mixed_backwards import MAX_OPS, gains_by_mixing, mix_backwards, relaxed
+from solvers.pipeline import PipelineProblem, PipelineSolution
 from solvers.registry import solve_pipeline
+
+_MIXING_SHARE = 1 / 3  # of the time for an order
 
 
 @dataclass(frozen=True)
@@ -168,11 +171,13 @@ class Pricer(Cutter):
         return [fixed.capacity_bytes - fixed.total_bytes for fixed in empty]
 
     def solve_order(
-        self, cut: Cut, *, solver: str, time_limit_s: float, seed: int
+        self, cut: Cut, *, solver: str, time_limit_s: float, seed: int, mixing_ops: int = MAX_OPS
     ) -> tuple[PricedLayout | None, PipelineSolution | None]:
         """A solver's order for this cut within the memory that is left, and what the solver said.
 
-        Recomputing layers keep their backward in one piece. (None, None) if the model states alone overflow a rank.
+        Where backwards take less in one piece, orders that split only some are tried too, for `mixing_ops` simulated
+        ops and a third of the time. Recomputing layers keep their backward in one piece. (None, None) if the model
+        states alone overflow a rank.
         """
         room = self.activation_room(cut)
         if min(room) < 0:
@@ -184,27 +189,51 @@ class Pricer(Cutter):
             splits_backward=cut.splits,
             capacity_bytes=room,
         )
-        solution = solve_pipeline(problem, solver=solver, time_limit_s=time_limit_s, seed=seed)
+        whole_us = _whole_us(cut, problem)
+        mixes = gains_by_mixing(problem, whole_us)
+        solver_s = time_limit_s * (1 - _MIXING_SHARE) if mixes else time_limit_s
+        solution = solve_pipeline(problem, solver=solver, time_limit_s=solver_s, seed=seed)
         if solution.order is None:
             return None, solution
-        schedule = Schedule.from_orders(solution.order)
-        return self.price(cut, schedule, "auto", solution.solver), solution
+        priced = self.price(cut, Schedule.from_orders(solution.order), "auto", solution.solver)
+        if mixes and not solution.interrupted:
+            mixing_s = max(0.05, time_limit_s - solution.seconds)
+            mixed = mix_backwards(problem, whole_us, time_limit_s=mixing_s, seed=seed, max_ops=mixing_ops)
+            other = self.price(cut, Schedule.from_orders(mixed.order), "auto", "mixed-backwards")
+            if other.step_us < priced.step_us:
+                priced = other
+            limited, interrupted = mixed.limited_by_time, mixed.interrupted
+            solution = replace(solution, limited_by_time=solution.limited_by_time or limited, interrupted=interrupted)
+        return priced, solution
 
     def schedule_bound_us(self, cut: Cut) -> float:
-        """A lower bound on the pipeline time of this cut under any order that splits all backwards it can, or none."""
-        whole = (False,) * len(cut.stages)
-        bounds = []
-        for splits_backward in {cut.splits, whole}:
-            problem = pipeline_problem(
-                cut.stages,
-                cut.rank_of_stage,
-                cut.candidate.num_microbatches,
-                splits_backward=splits_backward,
-                capacity_bytes=self.activation_room(cut),
-                rounding=math.floor,
-            )
-            bounds.append(float(best_bound(problem).value_us))
-        return min(bounds)
+        """A lower bound on the pipeline time of this cut under any order, backwards split or whole."""
+        problem = pipeline_problem(
+            cut.stages,
+            cut.rank_of_stage,
+            cut.candidate.num_microbatches,
+            splits_backward=cut.splits,
+            capacity_bytes=self.activation_room(cut),
+            rounding=math.floor,
+        )
+        return float(best_bound(relaxed(problem, _whole_us(cut, problem, math.floor))).value_us)
+
+    def least_step_us(self, cut: Cut) -> float:
+        """No step with this cut takes less than this, whatever the order; infinite if its model states do not fit."""
+        if min(self.activation_room(cut)) < 0:
+            return math.inf
+        candidate, traffic = cut.candidate, self.traffic(cut.candidate)
+        after = [after_us(cut.hosted(rank), candidate, traffic, self.job.dtype) for rank in range(candidate.pp)]
+        least = min(exposed for exposed, _ in after) + max(update for _, update in after)
+        return self.schedule_bound_us(cut) + least
+
+
+def _whole_us(cut: Cut, problem: PipelineProblem, rounding: Callable[[float], int] = round) -> list[int]:
+    """What BW takes on every stage; at least B takes a µs more than nothing."""
+    return [
+        max(1, rounding(stage.fused_backward_us)) if split else whole
+        for stage, split, whole in zip(cut.stages, problem.split, problem.back_us, strict=True)
+    ]
 
 
 @lru_cache(maxsize=16)

@@ -36,7 +36,9 @@ _ORDERING_SHARE = 0.7
 _SECOND_TRY_SHARE = 0.75
 _POLISH_SHARE = 0.93
 _NUM_FIRST = 6  # candidates that are priced before anything else
-_ORDER_S = 1.0  # for one solver-made order of an open candidate
+_ORDER_S = 2.0  # for one solver-made order of an open candidate
+_EARLY_ORDERING_SHARE = 0.25  # of the time limit may go to orders of candidates as soon as they are priced
+_QUICK_MIXING_OPS = 500_000
 _GRACE_S = 10.0  # beyond the limit, to find any layout at all
 _TOLERANCE = 1e-9
 
@@ -150,7 +152,9 @@ class _Search:
         self.result = SearchResult(dropped=space.dropped, num_candidates=len(space.candidates))
         self.best: dict[Candidate, PricedLayout] = {}
         self._families_of: dict[tuple[int, int, int, bool], tuple[Family, ...]] = {}
-        self.queue: list[tuple[float, int, _Node]] = []
+        self.queue: list[tuple[float, int, int, _Node]] = []  # floor, chunks (more first), index
+        self.ordered: set[Candidate] = set()  # what solvers have ordered, cut evenly
+        self.ordering_s = 0.0
         self.open: dict[Candidate, float] = {}  # floors of what was taken from the queue and may be feasible
         self.nearest_miss: tuple[float, str] = (math.inf, "")
 
@@ -158,7 +162,7 @@ class _Search:
         result = self.result
         try:
             for index, node in enumerate(self._nodes()):
-                self.queue.append((node.quick_us, index, node))
+                self.queue.append((node.quick_us, -node.candidate.virtual_stages, index, node))
             heapq.heapify(self.queue)
             self._price()
             self._polish()
@@ -170,7 +174,7 @@ class _Search:
         if not self.best:
             self._refuse()
         cutoff_us = self._cutoff_us()
-        result.num_pruned = sum(floor >= cutoff_us * (1 - _TOLERANCE) for floor, _, _ in self.queue)
+        result.num_pruned = sum(floor >= cutoff_us * (1 - _TOLERANCE) for floor, *_ in self.queue)
         result.num_unreached = len(self.queue) - result.num_pruned
         result.ranked = self._ranked()
         result.lower_bound_us = self._lower_bound_us()
@@ -231,9 +235,9 @@ class _Search:
             if late_s > (0 if self.best else _GRACE_S):
                 self.result.limited_by_time = True
                 break
-            quick, index, node = self.queue[0]
+            quick, chunks, index, node = self.queue[0]
             if node.floor_us > quick:  # not yet known when it was queued
-                heapq.heapreplace(self.queue, (node.floor_us, index, node))
+                heapq.heapreplace(self.queue, (node.floor_us, chunks, index, node))
                 continue
             self.open[node.candidate] = node.floor_us  # first, so that Ctrl-C in between loses no floor
             heapq.heappop(self.queue)
@@ -245,6 +249,8 @@ class _Search:
                 priced.append(node)
                 if outcome is _Outcome.UNDECIDED:
                     undecided.append(node)
+                if self.best and self.ordering_s < self.time_limit_s * _EARLY_ORDERING_SHARE:
+                    self._order_one(node)
             self._report("pricing layouts")
         self._order(priced)
         self._try_all_again(undecided)
@@ -255,7 +261,7 @@ class _Search:
         Of each (tp, cp, pp) what people would take: most microbatches, ZeRO 1, most chunks; of these, least floors.
         """
         usual: dict[tuple[int, int, int], _Node] = {}
-        for _, _, node in sorted(self.queue, key=lambda entry: (_unusual(entry[2].candidate), entry[1])):
+        for *_, node in sorted(self.queue, key=lambda entry: (_unusual(entry[-1].candidate), entry[2])):
             c = node.candidate
             usual.setdefault((c.tp, c.cp, c.pp), node)
         outcomes = {}
@@ -265,21 +271,31 @@ class _Search:
         return outcomes
 
     def _order(self, nodes: Sequence[_Node]) -> None:
-        """Solver-made orders of whole candidates, least floor first: cut evenly, nothing recomputed if that can be."""
-        more_chunks_first = sorted(nodes, key=lambda node: (node.floor_us, -node.candidate.virtual_stages))
-        for node in more_chunks_first:
+        """Order what is still open, least floor first."""
+        for node in sorted(nodes, key=lambda node: (node.floor_us, -node.candidate.virtual_stages)):
             if self.result.interrupted or node.floor_us >= self._cutoff_us():
                 return
             if self._elapsed_s() > self.time_limit_s * _ORDERING_SHARE:
                 self.result.limited_by_time = True
                 return
-            if not node.solvers_may_order or self._num_actions(node.candidate) > SOLVER_ACTION_LIMIT:
-                continue
-            candidate = node.candidate
-            for placement in _placements(candidate):
-                cuts = self.pricer.even_cuts(candidate, placement, splits_backward=candidate.can_split_backward)
-                self._list_schedule(self.pricer.cut(candidate, cuts, placement))
+            self._order_one(node)
             self._report("ordering open layouts")
+
+    def _order_one(self, node: _Node) -> None:
+        """Solver-made orders of a candidate that may still win: cut evenly, nothing recomputed if that can be."""
+        candidate = node.candidate
+        if candidate in self.ordered or self.result.interrupted or node.floor_us >= self._cutoff_us():
+            return
+        if not node.solvers_may_order or self._num_actions(candidate) > SOLVER_ACTION_LIMIT:
+            return
+        began = time.monotonic()
+        self.ordered.add(candidate)
+        for placement in _placements(candidate):
+            cuts = self.pricer.even_cuts(candidate, placement, splits_backward=candidate.can_split_backward)
+            cut = self.pricer.cut(candidate, cuts, placement)
+            if self.pricer.least_step_us(cut) < self._cutoff_us():
+                self._list_schedule(cut)
+        self.ordering_s += time.monotonic() - began
 
     def _try_all_again(self, nodes: Sequence[_Node]) -> None:
         for node in nodes:
@@ -377,7 +393,11 @@ class _Search:
         if self.solvers_may_order and self._num_actions(cut.candidate) <= SOLVER_ACTION_LIMIT:
             limit_s = min(_ORDER_S, max(0.05, self.time_limit_s - self._elapsed_s()))
             priced, solution = self.pricer.solve_order(
-                cut, solver="list-scheduling", time_limit_s=limit_s, seed=self.seed
+                cut,
+                solver="list-scheduling",
+                time_limit_s=limit_s,
+                seed=self.seed,
+                mixing_ops=_QUICK_MIXING_OPS,
             )
             self._keep(priced)
             self._note_end(solution)
@@ -404,7 +424,7 @@ class _Search:
             return
         answer = self._ranked()[0].candidate.degrees
         of_degrees: dict[tuple[int, ...], list[tuple[float, _Node]]] = {}
-        for quick, _, node in sorted(self.queue, key=lambda entry: entry[:2]):
+        for quick, _, _, node in sorted(self.queue, key=lambda entry: entry[:3]):
             of_degrees.setdefault(node.candidate.degrees, []).append((quick, node))
         others = [degrees for degrees in of_degrees if degrees != answer]  # in the order of their least floors
         for degrees in others[:NUM_RUNNERS_UP]:

@@ -21,6 +21,7 @@ oldest are finished: so some op can always start. No R ahead is ever needed for 
 import heapq
 import random
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -32,7 +33,7 @@ from solvers.pipeline import Op, Order, PipelineProblem, PipelineSolution, Statu
 from solvers.timing import NO_NODE, TimingGraph
 
 _FAR = 1 << 60
-_FORWARD, _BACK, _WEIGHT, _RECOMPUTE = 0, 1, 2, 3
+_FORWARD, _BACK, _WEIGHT, _RECOMPUTE, _WHOLE = 0, 1, 2, 3, 4
 _NUM_CLIMBERS = 4
 _MAX_RULES = 1000  # rules tried on small problems
 _MAX_OPS = 2_500_000  # ops simulated in all on large ones, some 5 to 8 seconds
@@ -55,6 +56,20 @@ class Rule:
     weight_slack: float  # a W that of a backward or of an F that could start
     deep_first: bool = True  # of several F, that of the rank's last chunk first; else of its first
     look_ahead: int = 0  # R of a stage that may have run before their back op starts; only where the rank would idle
+
+
+@dataclass(frozen=True)
+class WholeBackwards:
+    """When a rank runs BW instead of B, and W later, on a stage that is split.
+
+    A pending W is what a rank can fill idle time with. BW leaves none and keeps the gradient back for longer, so it
+    runs only while its own rank and the one that waits for the gradient have enough of them. `solvers.mixed_backwards`
+    looks for the best numbers.
+    """
+
+    whole_us: tuple[int, ...]  # of BW, per stage; 0: always B and W
+    num_pending: int  # W that both ranks must have pending
+    num_split: int  # the last microbatches of every stage, which are split in any case
 
 
 # (in flight, warm-up, weight lag, slacks): see `rule_family`. Ordered so that every prefix covers as much as it can.
@@ -161,8 +176,11 @@ class Simulator:
         """Choices of one run, an R with its back op being one."""
         return self._ops_per_microbatch * self.problem.num_microbatches
 
-    def run(self, rule: Rule) -> list[list[_Choice]]:
-        """What every rank runs under the rule, in order. The problem must be feasible."""
+    def run(self, rule: Rule, whole_backwards: WholeBackwards | None = None) -> list[list[_Choice]]:
+        """What every rank runs under the rule, in order. The problem must be feasible.
+
+        `whole_backwards` is not for problems that recompute.
+        """
         problem = self.problem
         num_stages, m = problem.num_stages, problem.num_microbatches
         forward_us, weight_us = problem.forward_us, problem.weight_us
@@ -181,7 +199,13 @@ class Simulator:
         extra, back_us = list(self._extra_with_r), list(self._back_with_r_us)
         last_stage = num_stages - 1
 
-        started_f, started_b, started_w = [0] * num_stages, [0] * num_stages, [0] * num_stages
+        started_f, started_b = [0] * num_stages, [0] * num_stages
+        pending = [deque[int]() for _ in range(num_stages)]  # microbatches whose B has started and whose W has not
+        num_pending = [0] * problem.num_ranks
+        whole_us, enough, num_whole = (0,) * num_stages, 0, 0
+        if whole_backwards is not None:
+            whole_us, enough = whole_backwards.whole_us, whole_backwards.num_pending
+            num_whole = m - whole_backwards.num_split
         started_r = [0] * num_stages  # those in front of their back op included; unused where nothing recomputes
         arrives_f = [[_FAR] * m for _ in range(num_stages)]
         arrives_b = [[_FAR] * m for _ in range(num_stages)]
@@ -207,6 +231,9 @@ class Simulator:
                     promised[rank] -= whole[s]
                 elif kind == _WEIGHT:
                     held[rank] -= kept[s]
+                elif kind == _WHOLE:
+                    held[rank] -= whole[s]
+                    promised[rank] -= whole[s]
 
             back_stage, next_back, back_needs_room = -1, _FAR, False
             for s in down_first[rank]:
@@ -238,10 +265,8 @@ class Simulator:
                             forward_stage = s
             weight_stage, most_pending = -1, 0
             for s in chunks[rank]:
-                if has_weight[s]:
-                    pending = started_b[s] - started_w[s]
-                    if pending > most_pending:
-                        weight_stage, most_pending = s, pending
+                if len(pending[s]) > most_pending:
+                    weight_stage, most_pending = s, len(pending[s])
 
             if back_needs_room and back_stage < 0 and weight_stage >= 0:
                 kind, s = _WEIGHT, weight_stage
@@ -284,8 +309,21 @@ class Simulator:
             elif kind == _BACK:
                 j = started_b[s]
                 started_b[s] = j + 1
-                end = now + back_us[s]
-                held[rank] += extra[s]
+                if (
+                    j < num_whole
+                    and whole_us[s]
+                    and num_pending[rank] >= enough
+                    and (s == 0 or num_pending[host[s - 1]] >= enough)
+                ):
+                    kind = _WHOLE
+                    end = now + whole_us[s]
+                    left -= 1
+                else:
+                    end = now + back_us[s]
+                    held[rank] += extra[s]
+                    if has_weight[s]:
+                        num_pending[rank] += 1
+                        pending[s].append(j)
                 if s:
                     arrives_b[s - 1][j] = end + transfer_us[s - 1]
                     push(wakes, (end + transfer_us[s - 1], host[s - 1]))
@@ -298,8 +336,8 @@ class Simulator:
                     if started_r[s] == j + 1:
                         extra[s], back_us[s] = self._extra_with_r[s], self._back_with_r_us[s]
             elif kind == _WEIGHT:
-                j = started_w[s]
-                started_w[s] = j + 1
+                j = pending[s].popleft()
+                num_pending[rank] -= 1
                 end = now + weight_us[s]
             else:
                 left += 1  # part of the choice of its back op
@@ -387,7 +425,7 @@ class Simulator:
                     ops.append(Op("R", s, j))
                 elif kind == _WEIGHT:
                     ops.append(Op("W", s, j))
-                elif not problem.split[s]:
+                elif kind == _WHOLE or not problem.split[s]:
                     ops.append(Op("BW", s, j))
                 else:
                     ops.append(Op("B", s, j))
@@ -396,17 +434,17 @@ class Simulator:
             ranks.append(tuple(ops))
         return tuple(ranks)
 
-    def cost_us(self, chosen: Sequence[Sequence[_Choice]]) -> int:
-        """The objective of a run, without the detour over `Op`."""
+    def cost_us(self, chosen: Sequence[Sequence[_Choice]], whole_us: Sequence[int] = ()) -> int:
+        """The objective of a run, without the detour over `Op`; `whole_us` as in `WholeBackwards`."""
         problem = self.problem
         m, last_stage = problem.num_microbatches, problem.num_stages - 1
-        durations = (problem.forward_us, problem.back_us, problem.weight_us, problem.rerun_us)
+        durations = (problem.forward_us, problem.back_us, problem.weight_us, problem.rerun_us, whole_us)
         node_of = [[[NO_NODE] * m for _ in range(problem.num_stages)] for _ in range(4 if self._recomputes else 3)]
         duration_us: list[int] = []
         first = [0]
         for choices in chosen:
             for kind, s, j in choices:
-                node_of[kind][s][j] = len(duration_us)
+                node_of[_BACK if kind == _WHOLE else kind][s][j] = len(duration_us)
                 duration_us.append(durations[kind][s])
             first.append(len(duration_us))
         wait_for: list[int] = []
@@ -416,7 +454,7 @@ class Simulator:
                 if kind == _FORWARD and s:
                     wait_for.append(node_of[_FORWARD][s - 1][j])
                     delay_us.append(problem.transfer_us[s - 1])
-                elif kind == _BACK and s < last_stage:
+                elif kind in (_BACK, _WHOLE) and s < last_stage:
                     wait_for.append(node_of[_BACK][s + 1][j])
                     delay_us.append(problem.transfer_us[s])
                 else:  # its own rank runs what it needs, earlier
