@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from planner.cli.shell import DtypeName, Json, Seed, positive_integers, spinner, steps_progress, talk, torch_part
+from planner.cli.shell import DtypeName, Json, Seed, fail, positive_integers, spinner, steps_progress, talk, torch_part
 from profiles.facts import check_writable
 
 if TYPE_CHECKING:
@@ -91,14 +91,25 @@ def run(
     ] = EngineName.pipewright,
     check: Annotated[bool, typer.Option(help="Also train in one process, and compare losses and gradients.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Save start and end of every action here.")] = None,
+    measure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save measured times here, as a profile to plan from again.")
+    ] = None,
+    profile_file: Annotated[
+        Path | None,
+        typer.Option("--profile", metavar="FILE", help="With --measure: what the plan was made from."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train as planned, here, under torchrun: losses, and measured against predicted."""
     from planner.api import validate as load
 
+    if profile_file is not None and measure is None:
+        fail("--profile goes with --measure", 2)
     loaded = load(plan_file)
     if trace is not None:
         check_writable(trace)
+    if measure is not None:
+        check_writable(measure)
     launch = torch_part("planner.executor.launch")
     with spinner(f"training on {loaded.layout.num_devices} processes") as say:
 
@@ -116,8 +127,12 @@ def run(
             engine=engine.value,
             check=check,
             trace_path=trace,
+            measure_path=measure,
+            profile_path=profile_file,
             on_progress=on_progress,
         )
+    if measure is not None:
+        talk.print(f"saved {measure}")
     if as_json:
         print(report.model_dump_json(indent=1))
     else:

@@ -30,16 +30,18 @@ from planner.executor.job import (
     RunRequest,
     StepProgress,
 )
+from planner.executor.measured_profile import base_profile, corrected_profile
 from planner.executor.run_report import ActionTime, Exactness, RunReport, StepParts
 from planner.executor.trace import Trace
 from planner.plans import Plan, StageCosts
 from planner.schedule.actions import Kind
 from planner.schedule.validation import check as check_schedule
-from profiles.model import Dtype
+from profiles.model import Dtype, ModelProfile
 
 _POLL_S = 0.1
 _GRACE_S = 35.0  # torchrun itself gives its processes 30 s between asking and killing
 _WARM_UP_STEPS = 2
+_ON_THE_RANK = {*(kind.value for kind in Kind), "drain"}  # one after the other; reductions run beside them
 
 
 def run_plan(
@@ -54,6 +56,8 @@ def run_plan(
     engine: Engine = "pipewright",
     check: bool = False,
     trace_path: str | Path | None = None,
+    measure_path: str | Path | None = None,
+    profile_path: str | Path | None = None,
     process_group_timeout_s: float = 600.0,
     on_progress: Callable[[StepProgress], None] | None = None,
 ) -> RunReport:
@@ -63,6 +67,8 @@ def run_plan(
     `engine`: our interpreter, or "torch" for torch's own runtime.
     `check` trains a second time in one process of plain torch and compares losses of every step and gradients
     of the first. `trace_path`: where to write the last (at most 20) steps' trace of every process.
+    `measure_path`: where to save measured times as a profile to plan from again: the plan's own profile, read from
+    `profile_path`, with the layers of each stage stretched to what was measured (`planner.executor.measured_profile`).
     `on_progress` is called once per step while the job runs. Processes get OMP_NUM_THREADS=1 unless the
     environment says otherwise.
 
@@ -73,6 +79,12 @@ def run_plan(
         raise ValueError(f"steps is {steps}, it must be at least 1")
     plan = Plan.load(plan_path)
     chosen = _refuse_what_cannot_run(plan, device, dtype, engine)
+    if profile_path is not None and measure_path is None:
+        raise ValueError(f"profile_path is {profile_path}, which only a run with measure_path reads")
+    base = None
+    if measure_path is not None:
+        given = None if profile_path is None else ModelProfile.load(profile_path)
+        base = base_profile(plan, given, dtype or plan.dtype)
     with tempfile.TemporaryDirectory(prefix="pipewright-run-") as path:
         job = JobDirectory(path)
         plan.save(job.plan)
@@ -99,7 +111,10 @@ def run_plan(
             reference = ReferenceResult.load(job.reference)
     if trace_path is not None:
         Trace.gathered(result.trace for result in results).save(trace_path)
-    return _report(plan, request, results, reference)
+    report = _report(plan, request, results, reference)
+    if measure_path is not None and base is not None:
+        _measured(base, plan, request, results, report).save(measure_path)
+    return report
 
 
 def _refuse_what_cannot_run(
@@ -269,16 +284,42 @@ def _report(
     )
 
 
+def _measured(
+    base: ModelProfile, plan: Plan, request: RunRequest, results: Sequence[RankResult], report: RunReport
+) -> ModelProfile:
+    """What the run measured, as a profile."""
+    updates: defaultdict[int, list[float]] = defaultdict(list)
+    for result in results:
+        updates[result.trace.pipeline_rank].append(statistics.median(result.optimizer_us[report.num_skipped_steps :]))
+    counted = request.steps - report.num_skipped_steps
+    return corrected_profile(
+        base,
+        plan,
+        report.actions,
+        {rank: statistics.fmean(times) for rank, times in updates.items()},
+        device_name=base.origin.device if request.device == "cpu" else report.device,
+        how=(
+            f"a run of {plan.layout.degrees}, {plan.family}, {plan.layout.num_microbatches} microbatches: mean of "
+            f"{counted} {'step' if counted == 1 else 'steps'} after {report.num_skipped_steps}, torch "
+            f"{report.torch_version}, {report.threads_per_process} threads, engine {report.engine}"
+        ),
+    )
+
+
 def _action_times(stages: Sequence[StageCosts], results: Sequence[RankResult], skipped: int) -> tuple[ActionTime, ...]:
-    seen: defaultdict[tuple[Kind, int], list[tuple[float, float]]] = defaultdict(list)
+    seen: defaultdict[tuple[Kind, int], list[tuple[float, float, float]]] = defaultdict(list)
     for result in results:
         for step in result.trace.steps:
             if step.step < skipped:
                 continue
-            for event in step.events:
-                if event.stage is not None and event.microbatch is not None:
-                    times = event.end_us - event.start_us, event.waited_us
-                    seen[Kind(event.kind), event.stage].append(times)
+            inside = [event for event in step.events if event.kind in _ON_THE_RANK]
+            for event, following in zip(inside, [*inside[1:], None], strict=True):
+                if event.kind == "drain" or event.stage is None:
+                    continue
+                turned_us = event.end_us if following is None else following.start_us - following.waited_us
+                handed_over_us = max(0.0, turned_us - event.end_us)
+                times = event.end_us - event.start_us, event.waited_us, handed_over_us
+                seen[Kind(event.kind), event.stage].append(times)
     rows = []
     for kind, stage in sorted(seen, key=lambda key: (key[1], list(Kind).index(key[0]))):
         costs = stages[stage]
@@ -289,7 +330,7 @@ def _action_times(stages: Sequence[StageCosts], results: Sequence[RankResult], s
             Kind.BW: costs.fused_backward_us,
             Kind.R: costs.recompute_us or 0.0,
         }[kind]
-        durations, waits = zip(*seen[kind, stage], strict=True)
+        durations, waits, handing_over = zip(*seen[kind, stage], strict=True)
         rows.append(
             ActionTime(
                 kind=kind.value,
@@ -297,6 +338,7 @@ def _action_times(stages: Sequence[StageCosts], results: Sequence[RankResult], s
                 count=len(durations),
                 measured_us=statistics.fmean(durations),
                 waited_us=statistics.fmean(waits),
+                handed_over_us=statistics.fmean(handing_over),
                 predicted_us=predicted_us,
             )
         )

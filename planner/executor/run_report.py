@@ -24,7 +24,13 @@ class ActionTime(Facts):
     count: Count  # actions measured
     measured_us: NonNegative
     waited_us: NonNegative  # before it, for a tensor from another rank
+    handed_over_us: NonNegative = 0.0  # after it, until the rank turned to its next action: starting to send
     predicted_us: NonNegative
+
+    @property
+    def occupied_us(self) -> float:
+        """How long the rank could do nothing else for it: the action, and handing over what it made."""
+        return self.measured_us + self.handed_over_us
 
 
 class Exactness(Facts):

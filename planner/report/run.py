@@ -68,8 +68,8 @@ def _measured_and_predicted(report: "RunReport") -> RenderableType:
 def _actions(report: "RunReport") -> RenderableType:
     rows = []
     for row in report.actions:
-        error = f"{row.predicted_us / row.measured_us - 1:+.1%}" if row.measured_us > 0 else ""
-        times = (duration(row.measured_us), duration(row.predicted_us), error, duration(row.waited_us))
+        error = f"{row.predicted_us / row.occupied_us - 1:+.1%}" if row.occupied_us > 0 else ""
+        times = (duration(row.occupied_us), duration(row.predicted_us), error, duration(row.waited_us))
         rows.append([row.kind, str(row.stage), str(row.count), *times])
     columns = ("action", "stage", "count", "measured", "predicted", "error", "waited before")
-    return grid("Actions (mean)", columns, rows, left=("action",))
+    return grid("Actions (mean, with handing over what they made)", columns, rows, left=("action",))
