@@ -41,7 +41,7 @@ from profiles.model import Dtype, ModelProfile
 _POLL_S = 0.1
 _GRACE_S = 35.0  # torchrun itself gives its processes 30 s between asking and killing
 _WARM_UP_STEPS = 2
-_ON_THE_RANK = {*(kind.value for kind in Kind), "drain"}  # one after the other; reductions run beside them
+_ON_THE_RANK = {*(kind.value for kind in Kind), "validate", "drain"}  # one after the other; reductions run beside
 
 
 def run_plan(
@@ -314,7 +314,7 @@ def _action_times(stages: Sequence[StageCosts], results: Sequence[RankResult], s
                 continue
             inside = [event for event in step.events if event.kind in _ON_THE_RANK]
             for event, following in zip(inside, [*inside[1:], None], strict=True):
-                if event.kind == "drain" or event.stage is None:
+                if event.stage is None or event.microbatch is None:
                     continue
                 turned_us = event.end_us if following is None else following.start_us - following.waited_us
                 handed_over_us = max(0.0, turned_us - event.end_us)
