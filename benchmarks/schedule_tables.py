@@ -264,7 +264,7 @@ def fitting_families(problem: PipelineProblem, *, splits: bool = False) -> list[
     chunks = problem.num_stages // p
     found = []
     for name, family in FAMILIES.items():
-        if family.supports(p, m, chunks) is not None or family.placement(p, chunks) != home:
+        if family.num_replicas > 1 or family.supports(p, m, chunks) is not None or family.placement(p, chunks) != home:
             continue
         schedule = adapted(family.generate(p, m, chunks), problem, splits=splits)
         timeline = simulate(schedule, stage_times(problem))

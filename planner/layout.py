@@ -300,6 +300,11 @@ def _check_family(pins: Pins) -> None:
     family = FAMILIES.get(pins.family or "auto")
     if family is None:
         return
+    if family.num_replicas > 1:
+        raise LayoutError(
+            f"family {family.name!r} holds every stage on two ranks, which the layout search does not price; pin "
+            f"another, like dualpipev, or order it by itself: pipewright schedule --family {family.name}"
+        )
     if family.splits_backward and pins.recompute not in (None, "none"):
         raise LayoutError(
             f"family {family.name!r} splits the backward, and recompute={pins.recompute} keeps it in one piece; "

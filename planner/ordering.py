@@ -81,6 +81,34 @@ class Task:
         """A lower bound on every schedule of these costs, its backward split or not."""
         return self.of_any_backward.bound()
 
+    def bound_of_two_replicas(self) -> Bound:
+        """A lower bound on every schedule in which each microbatch takes this placement or its mirror.
+
+        Of the span, and so of the makespan. Work: where a of the m microbatches take the placement, rank r computes
+        a · w_r + (m − a) · w_(p − 1 − r). Over
+        all ranks the largest of these is convex in a and the same for a and m − a, so m / 2 is its least. Chain: the
+        rank that runs F of a microbatch's stage 0 runs its backward and W, too, and between lie its forwards and
+        backwards on all stages, and the transfers.
+        """
+        problem = self.problem
+        m, p = problem.num_microbatches, problem.num_ranks
+        ours = [
+            sum(
+                problem.forward_us[s] + problem.backward_us[s] + problem.weight_us[s] + problem.rerun_us[s]
+                for s in mine
+            )
+            for mine in ([s for s, home in enumerate(problem.rank_of_stage) if home == rank] for rank in range(p))
+        ]
+        work_us = max(m // 2 * own + (m - m // 2) * mirrored for own, mirrored in zip(ours, ours[::-1], strict=True))
+        chain_us = (
+            sum(problem.forward_us) + sum(problem.backward_us) + problem.weight_us[0] + 2 * sum(problem.transfer_us)
+        )
+        return max(
+            Bound(work_us, "work of two replicas"),
+            Bound(chain_us, "chain of one microbatch"),
+            key=lambda known: known.value_us,
+        )
+
 
 @dataclass(frozen=True)
 class Ordered:
@@ -90,6 +118,7 @@ class Ordered:
     solver: str
     task: Task
     schedule: Schedule
+    work_us: int  # what the busiest rank computes
     span_us: int
     makespan_us: int
     peak_bytes: tuple[int, ...]  # shape (p,), what is fixed included
@@ -126,7 +155,7 @@ class Ordered:
         return 0 if capacity is None else max(0, *map(int.__sub__, self.peak_bytes, capacity))
 
     def _rate(self, cost_us: int) -> float:
-        return (cost_us - self.task.work_us) / cost_us
+        return (cost_us - self.work_us) / cost_us
 
 
 def by_family(family: Family, task: Task, bound: Bound, *, splits: bool = False) -> Ordered:
@@ -139,18 +168,26 @@ def by_family(family: Family, task: Task, bound: Bound, *, splits: bool = False)
     if obstacle:
         raise LayoutError(f"family {family.name!r}: {obstacle}")
     schedule = family.generate(problem.num_ranks, problem.num_microbatches, chunks)
+    if task.percent is not None and family.num_replicas > 1:
+        raise LayoutError(
+            f"family {family.name!r} holds every stage on two ranks, and such schedules are timed for microbatches "
+            "that are all alike; leave out microbatch_scale, or the family"
+        )
     if task.percent is not None:
         fused = not (family.splits_backward or splits)
         return _by_family_of_different_microbatches(family, schedule, task.fused if fused else task, bound)
     schedule = adapted(schedule, problem, splits=splits)
     timeline = simulate(schedule, stage_times(problem))
     fixed = problem.fixed_bytes or (0,) * problem.num_ranks
+    if family.num_replicas > 1:  # the rank's own stage, and the one of the mirrored rank
+        fixed = tuple(map(int.__add__, fixed, fixed[::-1]))
     peak_bytes = tuple(map(int.__add__, timeline.peak_activation_bytes, fixed))
     return Ordered(
         family=family.name,
         solver="family",
         task=task,
         schedule=schedule,
+        work_us=round(timeline.work_us),
         span_us=math.ceil(timeline.span_us - 1e-6),  # whole starts make whole spans; a mean of several may be between
         makespan_us=round(timeline.makespan_us),
         peak_bytes=peak_bytes,
@@ -170,6 +207,7 @@ def _by_family_of_different_microbatches(family: Family, schedule: Schedule, tas
         solver="family",
         task=task,
         schedule=schedule,
+        work_us=task.work_us,
         span_us=score.span_us,
         makespan_us=score.makespan_us,
         peak_bytes=score.peak_bytes,
@@ -229,6 +267,7 @@ def _best_of(family: Ordered | None, solution: PipelineSolution, task: Task) -> 
         solver=solution.solver,
         task=task,
         schedule=Schedule.from_orders(solution.order),
+        work_us=task.work_us,
         span_us=score.span_us,
         makespan_us=score.makespan_us,
         peak_bytes=score.peak_bytes,
@@ -300,7 +339,12 @@ def _best_family(task: Task) -> Ordered | None:
     p, m, home = task.problem.num_ranks, task.problem.num_microbatches, task.placement.rank_of_stage
     chunks = task.placement.virtual_stages
     for family in FAMILIES.values():
-        if family.name == "naive" or len(home) != p * chunks or family.supports(p, m, chunks) is not None:
+        if (
+            family.name == "naive"
+            or family.num_replicas > 1
+            or len(home) != p * chunks
+            or family.supports(p, m, chunks) is not None
+        ):
             continue
         if family.placement(p, chunks) != home:
             continue
@@ -323,8 +367,8 @@ def _overflow(problem: PipelineProblem, peak_bytes: tuple[int, ...]) -> str | No
 def _too_many_in_flight(problem: PipelineProblem, schedule: Schedule) -> str | None:
     if problem.max_in_flight is None:
         return None
-    now = [0] * problem.num_stages
     for rank, actions in enumerate(schedule.ranks):
+        now = [0] * problem.num_stages
         for kind, stage, _ in actions:
             if kind == "F":
                 now[stage] += 1

@@ -100,7 +100,9 @@ def schedule_costs(
 
     `memory_limit` is in units of the largest `costs.activation_bytes`, per rank; or `capacity_bytes`, of which
     `fixed_bytes` are held all the time. With a named family the answer is that family's schedule, and its gap is
-    against every schedule of these costs, its backward split or not.
+    against every schedule of these costs, its backward split or not. Bidirectional families hold every stage on two
+    ranks, at the same costs, and `fixed_bytes` of both; their gap is against every schedule that lets each microbatch
+    go either way, by the work of the ranks and the way of one microbatch.
     """
     limits = Limits(solver, time_limit_s, seed, work_limit, on_progress)
     memory = MemoryLimits(memory_limit, capacity_bytes, fixed_bytes)
@@ -131,7 +133,8 @@ def schedule_costs(
             f"family {chosen.name!r} has a placement of its own, {place.name}; leave out {placement!r}, or the family"
         )
     task = question.task(place)
-    found = by_family(chosen, task, task.bound_of_any_backward())
+    bound = task.bound_of_any_backward() if chosen.num_replicas == 1 else task.bound_of_two_replicas()
+    found = by_family(chosen, task, bound)
     if found.overflow is not None:
         raise InfeasibleError(_why_not_fitting(found, question.memory))
     return _answer(found, question)
@@ -302,6 +305,7 @@ def _answer(found: Ordered, question: Question, comparison: tuple[PlacementRow, 
         placement=found.task.placement.name,
         virtual_stages=found.task.placement.virtual_stages,
         rank_of_stage=found.task.placement.rank_of_stage,
+        num_replicas=found.schedule.num_replicas,
         span_us=found.span_us,
         makespan_us=found.makespan_us,
         bubble_rate_span=found.bubble_rate_span,

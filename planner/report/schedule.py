@@ -13,6 +13,8 @@ _WIDTH = 140  # of the tables; a schedule's excerpt is narrower
 def render_schedule(answer: ScheduleAnswer) -> str:
     """What `pipewright schedule` prints for people."""
     chunks = f", up to {answer.virtual_stages} stages per rank" if answer.virtual_stages > 1 else ""
+    if answer.num_replicas > 1:
+        chunks = "; every stage also on the mirrored rank, so weights, gradients and optimizer state are held twice"
     rows = [
         ("schedule", f"{answer.family}, made by {answer.solver} in {answer.solve_seconds:.2f} s, {answer.status}"),
         ("placement", f"{answer.placement}: {len(answer.rank_of_stage)} stages on {answer.num_ranks} ranks{chunks}"),
@@ -42,12 +44,12 @@ def render_comparison(comparison: Comparison) -> str:
         (
             "pipeline",
             f"{comparison.num_ranks} ranks, {comparison.num_microbatches} microbatches; memory counts M_B of the "
-            f"largest rank, {unit}",
+            f"largest rank, {unit}; sent: tensors between ranks per step",
         ),
         (
             "gap",
             f"{comparison.gap:.2%}: no {comparison.objective} is under {comparison.lower_bound_us} µs "
-            f"({comparison.lower_bound_kind})",
+            f"({comparison.lower_bound_kind}), with the weights held once",
         ),
         (
             "limits",
@@ -57,7 +59,19 @@ def render_comparison(comparison: Comparison) -> str:
     if comparison.memory_capacity is not None:
         held = _per_rank([f"{capacity / unit:.2f}" for capacity in comparison.memory_capacity])
         rows.insert(1, ("memory", f"at most {held}"))
-    columns = ("family", "placement", "v", "span µs", "bubble", "makespan µs", "bubble", "peak", "transfers", "fits")
+    columns = (
+        "family",
+        "placement",
+        "v",
+        "span µs",
+        "bubble",
+        "makespan µs",
+        "bubble",
+        "peak",
+        "weights",
+        "sent",
+        "fits",
+    )
     table = [
         [
             row.family if row.family != "auto" else f"auto ({row.solver})",
@@ -68,6 +82,7 @@ def render_comparison(comparison: Comparison) -> str:
             str(row.makespan_us),
             f"{row.bubble_rate_makespan:.4f}",
             f"{max(row.peak_memory) / unit:.2f}",
+            f"{row.num_replicas}x",
             str(row.transfers),
             _fit(row, unit),
             f"{row.gap_to_best:+.2%}" if row.gap_to_best else "best",

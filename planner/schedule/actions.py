@@ -3,6 +3,9 @@
 A schedule is, for every rank, the ordered list of its compute actions. Transfers are not actions: they
 follow from the order. In text, an action is kind, stage, microbatch: `F0.3` runs the forward of
 microbatch 3 on stage 0. One line per rank, actions separated by blanks. (torch writes `0F3`, and its `B` is our `BW`.)
+
+A stage lives on one rank; in a bidirectional schedule on two. There replica 0 of the model has stage s on rank s,
+replica 1, the mirror, on rank p − 1 − s, and a microbatch takes all its stages through one of them.
 """
 
 import re
@@ -97,8 +100,46 @@ class Schedule:
         return 1 + max((action.microbatch for actions in self.ranks for action in actions), default=-1)
 
     @cached_property
+    def num_replicas(self) -> int:
+        """2 where the first and the last rank both run the first and the last of S = p stages, else 1.
+
+        No schedule that holds every stage once does that.
+        """
+        ends = {0, self.num_stages - 1}
+        if len(ends) == 1 or self.num_stages != self.num_ranks:
+            return 1
+        return 1 + all(ends <= {stage for _, stage, _ in actions} for actions in (self.ranks[0], self.ranks[-1]))
+
+    @cached_property
+    def replica_of_microbatch(self) -> tuple[int, ...]:
+        """Which replica each microbatch takes, by the rank that runs its stage 0; shape (m,)."""
+        replicas = [0] * self.num_microbatches
+        if self.num_replicas == 2:
+            for rank, replica in ((-1, 1), (0, 0)):
+                for _, stage, microbatch in self.ranks[rank]:
+                    if stage == 0:
+                        replicas[microbatch] = replica
+        return tuple(replicas)
+
+    @cached_property
+    def placements(self) -> tuple[tuple[int, ...], ...]:
+        """The rank of every stage, by replica; shape (replicas, S). For schedules that can run."""
+        home = self.rank_of_stage
+        first = tuple(home[stage] for stage in range(self.num_stages))
+        return (first,) if self.num_replicas == 1 else (first, first[::-1])
+
+    def holders(self, stage: int) -> tuple[int, ...]:
+        """The ranks that hold a stage, ascending."""
+        return tuple(sorted({ranks[stage] for ranks in self.placements}))
+
+    @cached_property
     def rank_of_stage(self) -> dict[int, int]:
-        """The placement: which rank hosts which stage (the first rank, where a broken schedule names two)."""
+        """The placement: which rank hosts which stage (the first rank, where a broken schedule names two).
+
+        In a bidirectional schedule it is replica 0's.
+        """
+        if self.num_replicas == 2:
+            return {stage: stage for stage in range(self.num_stages)}
         placement: dict[int, int] = {}
         for rank, actions in enumerate(self.ranks):
             for action in actions:

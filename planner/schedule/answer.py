@@ -39,6 +39,7 @@ class ScheduleAnswer(Facts):
     placement: str
     virtual_stages: Count  # the most stages of any rank
     rank_of_stage: tuple[NonNegativeCount, ...]  # shape (S,)
+    num_replicas: Count = 1  # 2: every stage is also on the mirrored rank p − 1 − r, weights and all
     span_us: int
     makespan_us: int
     bubble_rate_span: NonNegative
@@ -70,6 +71,7 @@ class FamilyRow(Facts):
     solver: str  # who made the order: "family", or one of auto's solvers
     placement: str
     virtual_stages: Count
+    num_replicas: Count = 1  # of the weights: 2 where every stage is on two ranks
     objective_us: int
     span_us: int
     makespan_us: int
@@ -91,9 +93,9 @@ class Comparison(Facts):
     num_microbatches: Count
     memory_capacity: tuple[Size, ...] | None  # per rank
     microbatch_memory: Size  # M_B of the largest piece: the unit of memory limits that count microbatches
-    lower_bound_us: int  # on every placement that auto looked at
+    lower_bound_us: int  # on every placement that auto looked at; bidirectional families are none
     lower_bound_kind: str
-    gap: NonNegative  # of the best row that fits
+    gap: NonNegative  # of the best row that fits and holds the weights once
     rows: tuple[FamilyRow, ...]  # least objective first
     refused: dict[str, str]  # families without a schedule for these numbers, and why
     seed: int

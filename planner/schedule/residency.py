@@ -9,7 +9,8 @@ _TAKEN = {Kind.F: (1, 0), Kind.B: (-1, 1), Kind.BW: (-1, 0), Kind.W: (0, -1), Ki
 def peak_in_flight(schedule: Schedule, weight_ratio: float) -> tuple[tuple[int, int], ...]:
     """What each stage holds at its fullest moment: (microbatches between F and B or BW, those between B and W).
 
-    Fullest by the first count plus `weight_ratio` = M_W / M_B times the second. Shape (S, 2).
+    Fullest by the first count plus `weight_ratio` = M_W / M_B times the second. Of a stage that two ranks hold, on the
+    one that holds more. Shape (S, 2).
     """
     fullest = [(0, 0)] * schedule.num_stages
     weight = [0.0] * schedule.num_stages

@@ -177,7 +177,7 @@ class _Paths:
 
     def __init__(self, schedule: Schedule, stages: Sequence[StageLike], order: Sequence[tuple[int, int]]) -> None:
         p, m = schedule.num_ranks, schedule.num_microbatches
-        home = schedule.rank_of_stage
+        home = schedule.rank_of_stage  # a mirror of it crosses at the same boundaries
         last = len(stages) - 1
         durations_us = _durations_us(stages)
         crosses = [home[stage] != home[stage + 1] for stage in range(last)] + [False]  # from stage s to s + 1

@@ -1,7 +1,7 @@
 """Which tensors go from rank to rank, in one order that both ends derive from the schedule.
 
 Transfers are not actions: F of stage s sends its output to stage s + 1, the backward of stage s sends its
-gradient to stage s − 1, where those live on another rank.
+gradient to stage s − 1, where those live on another rank for this microbatch.
 """
 
 from typing import Literal, NamedTuple
@@ -47,11 +47,13 @@ def transfers(schedule: Schedule) -> tuple[Transfer, ...]:
     order as the sends and match them one to one, so all of them complete; A can run, which contradicts that
     the ranks stand still.
     """
-    home = schedule.rank_of_stage
+    order = run_order(schedule)
+    home_of = [schedule.placements[replica] for replica in schedule.replica_of_microbatch]
     last = schedule.num_stages - 1
     found: list[Transfer] = []
-    for rank, step in run_order(schedule):
+    for rank, step in order:
         kind, stage, microbatch = schedule.ranks[rank][step]
+        home = home_of[microbatch]
         if kind == "F":
             if stage < last and home[stage + 1] != rank:
                 found.append(Transfer("activation", stage, stage + 1, rank, home[stage + 1], microbatch))

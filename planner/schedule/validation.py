@@ -2,7 +2,8 @@
 
 Every stage lives on one rank and runs F of every microbatch once, and its backward once: either BW, or B and
 later W. F s.j needs F (s-1).j; B and BW s.j need F s.j and the backward of stage s + 1; W s.j needs B s.j.
-R s.j, where there is one, runs once, after F s.j and before the backward.
+R s.j, where there is one, runs once, after F s.j and before the backward. In a bidirectional schedule every stage lives
+on one rank per replica, and all actions of a microbatch are on the ranks of its replica (`planner.schedule.actions`).
 Within a rank the list is the order, so what is left to check is that the ranks together can get through their
 lists.
 """
@@ -23,14 +24,21 @@ def check(
     num_stages: int | None = None,
     num_microbatches: int | None = None,
     rank_of_stage: Sequence[int] | None = None,
+    num_replicas: int | None = None,
 ) -> None:
     """Refuse a schedule that cannot run, or is not for this many stages and microbatches or this placement.
 
-    `rank_of_stage` has shape (S,). What is not given is what the schedule uses. ScheduleError says which
-    rank, step and action, why, and shows the steps around; ValueError when `num_stages` is not the length of
-    `rank_of_stage`. Linear in the number of actions.
+    `rank_of_stage` has shape (S,), replica 0's where there are two. What is not given is what the schedule uses.
+    ScheduleError says which rank, step and action, why, and shows the steps around; ValueError when `num_stages` is
+    not the length of `rank_of_stage`. Linear in the number of actions.
     """
-    run_order(schedule, num_stages=num_stages, num_microbatches=num_microbatches, rank_of_stage=rank_of_stage)
+    run_order(
+        schedule,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        rank_of_stage=rank_of_stage,
+        num_replicas=num_replicas,
+    )
 
 
 def run_order(
@@ -39,6 +47,7 @@ def run_order(
     num_stages: int | None = None,
     num_microbatches: int | None = None,
     rank_of_stage: Sequence[int] | None = None,
+    num_replicas: int | None = None,
 ) -> list[tuple[int, int]]:
     """All actions as (rank, step), each after everything it needs: one topological order of the schedule.
 
@@ -56,15 +65,45 @@ def run_order(
         if not actions:
             what = "the rank has no actions; give every rank a stage, or use fewer ranks"
             raise _error(schedule, rank, 0, what, at_step=False)
-    home = _check_each_action(schedule, num_stages, num_microbatches, rank_of_stage)
-    return _sweep(schedule, num_stages, num_microbatches, home)
+    if num_replicas == 2 and schedule.num_replicas == 1:
+        last = schedule.num_ranks - 1
+        raise ScheduleError(
+            "the schedule was to run two replicas, but it runs one: of S = p stages, the first and the last must each "
+            f"run on rank 0 and on rank {last}; there are {schedule.num_stages} stages on {last + 1} ranks"
+        )
+    homes = _Homes(schedule, num_stages, rank_of_stage, num_replicas or schedule.num_replicas)
+    _check_each_action(schedule, num_stages, num_microbatches, homes)
+    return _sweep(schedule, num_stages, num_microbatches, homes)
 
 
-def _check_each_action(
-    schedule: Schedule, num_stages: int, num_microbatches: int, rank_of_stage: Sequence[int] | None
-) -> dict[int, int]:
-    """Everything that can be wrong without timing; gives the rank of every stage back."""
-    home = {} if rank_of_stage is None else dict(enumerate(rank_of_stage))
+class _Homes:
+    """Which rank runs which stage of which microbatch, as far as it is known."""
+
+    def __init__(
+        self, schedule: Schedule, num_stages: int, rank_of_stage: Sequence[int] | None, num_replicas: int
+    ) -> None:
+        self.is_given = rank_of_stage is not None
+        self.of_stage = {} if rank_of_stage is None else dict(enumerate(rank_of_stage))  # replica 0's
+        self.mirrored: dict[int, int] = {}
+        self.replicas = None if num_replicas == 1 else schedule.replica_of_microbatch
+        if self.replicas is not None:
+            if rank_of_stage is None:
+                self.of_stage = {stage: stage for stage in range(num_stages)}
+            last = schedule.num_ranks - 1
+            self.mirrored = {stage: last - rank for stage, rank in self.of_stage.items()}
+
+    def of_microbatch(self, microbatch: int) -> dict[int, int]:
+        """The rank of every stage for one microbatch, one that no action names included."""
+        replicas = self.replicas
+        return self.mirrored if replicas and microbatch < len(replicas) and replicas[microbatch] else self.of_stage
+
+    def __call__(self, action: Action) -> int:
+        return self.of_microbatch(action.microbatch)[action.stage]
+
+
+def _check_each_action(schedule: Schedule, num_stages: int, num_microbatches: int, homes: _Homes) -> None:
+    """Everything that can be wrong without timing; learns where every stage is."""
+    home, mirrored, replicas = homes.of_stage, homes.mirrored, homes.replicas
     # step of F, of B, of W and of BW by stage · m + microbatch; the rank is the stage's
     forwards: dict[int, int] = {}
     inputs: dict[int, int] = {}
@@ -79,8 +118,11 @@ def _check_each_action(
             if not 0 <= microbatch < num_microbatches:
                 why = _out_of_range("microbatch", microbatch, num_microbatches)
                 raise _error(schedule, rank, step, f"{action}: {why}")
-            if home.setdefault(stage, rank) != rank:
-                raise _wrong_rank(schedule, rank, step, home[stage], planned=rank_of_stage is not None)
+            if replicas is not None:
+                if (mirrored if replicas[microbatch] else home)[stage] != rank:
+                    raise _wrong_replica(schedule, rank, step, homes)
+            elif home.setdefault(stage, rank) != rank:
+                raise _wrong_rank(schedule, rank, step, home[stage], planned=homes.is_given)
             key = stage * num_microbatches + microbatch
             if kind == "F":
                 seen = forwards
@@ -106,11 +148,10 @@ def _check_each_action(
             seen[key] = step
     wanted = num_stages * num_microbatches
     if len(forwards) < wanted or len(fused) + len(weights) < wanted:
-        raise _missing(schedule, num_stages, num_microbatches, home, forwards, inputs, fused, weights)
-    return home
+        raise _missing(schedule, num_stages, num_microbatches, homes, forwards, inputs, fused, weights)
 
 
-def _sweep(schedule: Schedule, num_stages: int, num_microbatches: int, home: dict[int, int]) -> list[tuple[int, int]]:
+def _sweep(schedule: Schedule, num_stages: int, num_microbatches: int, homes: _Homes) -> list[tuple[int, int]]:
     """Run each rank until it waits for another, until all are done; refuse when none can go on."""
     m = num_microbatches
     last = num_stages - 1
@@ -150,8 +191,8 @@ def _sweep(schedule: Schedule, num_stages: int, num_microbatches: int, home: dic
         needs = {rank: Action(Kind.F, *divmod(key, m)) for key, rank in waits_for_forward.items()}
         for key, rank in waits_for_backward.items():
             fused = Action(Kind.BW, *divmod(key, m))
-            needs[rank] = fused if fused in schedule.ranks[home[fused.stage]] else fused._replace(kind=Kind.B)
-        raise _deadlock(schedule, next_step, needs, home)
+            needs[rank] = fused if fused in schedule.ranks[homes(fused)] else fused._replace(kind=Kind.B)
+        raise _deadlock(schedule, next_step, needs, homes)
     return order
 
 
@@ -172,6 +213,16 @@ def _wrong_rank(schedule: Schedule, rank: int, step: int, home: int, *, planned:
         first = next(n for n, other in enumerate(schedule.ranks[home]) if other.stage == action.stage)
         where = f"{schedule.ranks[home][first]} at step {first}"
         why = f"stage {action.stage} is on rank {home} already ({where}); a stage lives on one rank"
+    return _error(schedule, rank, step, f"{action}: {why}")
+
+
+def _wrong_replica(schedule: Schedule, rank: int, step: int, homes: _Homes) -> ScheduleError:
+    action = schedule.ranks[rank][step]
+    replica = int(homes.of_microbatch(action.microbatch) is homes.mirrored)
+    why = (
+        f"microbatch {action.microbatch} takes replica {replica}, by the rank of its stage 0, and that has stage "
+        f"{action.stage} on rank {homes(action)}; move it, or the whole microbatch"
+    )
     return _error(schedule, rank, step, f"{action}: {why}")
 
 
@@ -205,7 +256,7 @@ def _missing(
     schedule: Schedule,
     num_stages: int,
     num_microbatches: int,
-    home: dict[int, int],
+    homes: _Homes,
     forwards: dict[int, int],
     inputs: dict[int, int],
     fused: dict[int, int],
@@ -213,12 +264,12 @@ def _missing(
 ) -> ScheduleError:
     """The first missing action by stage and microbatch. Stops there, so a huge index costs nothing."""
     for stage in range(num_stages):
-        if stage not in home:
+        if stage not in homes.of_stage:
             wanted = f"all {num_stages} stages {_up_to(num_stages)}"
             return ScheduleError(f"no rank runs stage {stage}; the schedule must run {wanted}")
         for microbatch in range(num_microbatches):
             key = stage * num_microbatches + microbatch
-            rank = home[stage]
+            rank = homes.of_microbatch(microbatch)[stage]
             if not 0 <= rank < schedule.num_ranks:
                 have = f"the schedule has {schedule.num_ranks} ranks: {_up_to(schedule.num_ranks)}"
                 return ScheduleError(f"the placement puts stage {stage} on rank {rank}, but {have}")
@@ -237,20 +288,18 @@ def _missing(
     raise AssertionError("nothing is missing")
 
 
-def _deadlock(
-    schedule: Schedule, next_step: Sequence[int], needs: dict[int, Action], home: dict[int, int]
-) -> ScheduleError:
+def _deadlock(schedule: Schedule, next_step: Sequence[int], needs: dict[int, Action], homes: _Homes) -> ScheduleError:
     """Follow who waits for whom until a rank comes again: that circle is what has to be broken."""
     rank = min(needs)
     path: list[int] = []
     while rank not in path:
         path.append(rank)
-        rank = home[needs[rank].stage]
+        rank = homes(needs[rank])
     circle = path[path.index(rank) :]
     lines = ["deadlock: these actions wait for each other in a circle; reorder one of these ranks"]
     for rank in circle:
         step, needed = next_step[rank], needs[rank]
-        holder = home[needed.stage]
+        holder = homes(needed)
         waits_for = f"{needed} (rank {holder}, step {schedule.ranks[holder].index(needed)})"
         lines.append(f"rank {rank}, step {step}: {schedule.ranks[rank][step]} waits for {waits_for}")
     return ScheduleError("\n".join([*lines, *_grid(schedule, circle[0], next_step[circle[0]])]))

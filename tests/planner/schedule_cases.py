@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
+from hypothesis import reject
 from hypothesis import strategies as st
 
 from planner.schedule.actions import Action, Kind, Schedule
@@ -85,6 +86,26 @@ def valid_schedules(draw, max_ranks=4, max_stages=6, max_microbatches=4) -> Sche
 
 
 @st.composite
+def bidirectional_schedules(draw, max_ranks=4, max_microbatches=4) -> Schedule:
+    """One stage per rank, every microbatch up or down the ranks and some each way, run in a random order."""
+    p, m = draw(st.integers(2, max_ranks)), draw(st.integers(2, max_microbatches))
+    ways = [False, True, *(draw(st.booleans()) for _ in range(m - 2))]
+    split = {(s, j): draw(st.booleans()) for s in range(p) for j in range(m)}
+    todo = [Action(Kind.F, s, j) for s, j in split]
+    for (s, j), is_split in split.items():
+        todo += [Action(Kind.B, s, j), Action(Kind.W, s, j)] if is_split else [Action(Kind.BW, s, j)]
+    random = draw(st.randoms(use_true_random=False))
+    done: set[Action] = set()
+    ranks: list[list[Action]] = [[] for _ in range(p)]
+    while todo:
+        action = random.choice([a for a in todo if all(n in done for n in needs(a, split, p, set()))])
+        todo.remove(action)
+        done.add(action)
+        ranks[p - 1 - action.stage if ways[action.microbatch] else action.stage].append(action)
+    return Schedule(tuple(map(tuple, ranks)))
+
+
+@st.composite
 def stages_for(draw, schedule: Schedule, *, zeros=True) -> list[StageTimes]:
     times = st.integers(0 if zeros else 1, 20)
     sizes = st.integers(0, 9)
@@ -95,16 +116,19 @@ def stages_for(draw, schedule: Schedule, *, zeros=True) -> list[StageTimes]:
 
 
 def numbers_for(family: Family, num_ranks: int, num_microbatches: int) -> tuple[int, int]:
-    """Microbatches, at least this many, and chunks that the family has a schedule for."""
-    while True:
+    """Microbatches, at least this many, and chunks that the family has a schedule for; a draw without is rejected."""
+    for many in range(num_microbatches, num_microbatches + 20):
         for chunks in (1, 2):
-            if family.supports(num_ranks, num_microbatches, chunks) is None:
-                return num_microbatches, chunks
-        num_microbatches += 1
+            if family.supports(num_ranks, many, chunks) is None:
+                return many, chunks
+    reject()
 
 
-def can_run(schedule: Schedule, num_stages: int, num_microbatches: int) -> bool:
-    """Whether it is complete, each stage on one rank, and the ranks get through their lists."""
+def can_run(schedule: Schedule, num_stages: int, num_microbatches: int, *, mirrored: bool = False) -> bool:
+    """Whether it is complete, each stage on one rank, and the ranks get through their lists.
+
+    `mirrored`: each microbatch goes up or down the ranks instead, one stage per rank.
+    """
     everything = [action for actions in schedule.ranks for action in actions]
     split, again = splits(schedule), recomputed(schedule)
     wanted = [Action(Kind.R, s, j) for s, j in again]
@@ -112,8 +136,19 @@ def can_run(schedule: Schedule, num_stages: int, num_microbatches: int) -> bool:
         for j in range(num_microbatches):
             kinds = "FBW" if split.get((stage, j), False) else ("F", "BW")
             wanted += [Action(Kind(kind), stage, j) for kind in kinds]
+    if not all(schedule.ranks) or sorted(everything) != sorted(wanted):
+        return False
     homes = {(action.stage, rank) for rank, actions in enumerate(schedule.ranks) for action in actions}
-    if not all(schedule.ranks) or sorted(everything) != sorted(wanted) or len(homes) != num_stages:
+    if mirrored:
+        ways: dict[int, list[tuple[int, int]]] = {j: [] for j in range(num_microbatches)}
+        for rank, actions in enumerate(schedule.ranks):
+            for action in actions:
+                ways[action.microbatch].append((action.stage, rank))
+        down = {(s, s) for s in range(num_stages)}
+        up = {(s, schedule.num_ranks - 1 - s) for s in range(num_stages)}
+        if not all(set(way) in (down, up) for way in ways.values()):
+            return False
+    elif len(homes) != num_stages:
         return False
     lists = [list(actions) for actions in schedule.ranks]
     done: set[Action] = set()
@@ -148,7 +183,7 @@ def earliest_starts(
     None when it never settles: no timing keeps that span.
     """
     num_stages, split, again = len(stages), splits(schedule), recomputed(schedule)
-    home = {action.stage: rank for rank, actions in enumerate(schedule.ranks) for action in actions}
+    home = {a[1:]: rank for rank, actions in enumerate(schedule.ranks) for a in actions}
     starts = {action: Fraction(0) for actions in schedule.ranks for action in actions}
     for _ in range(len(starts) + 2):
         before = dict(starts)
@@ -159,7 +194,7 @@ def earliest_starts(
                     bounds.append(starts[actions[n - 1]] + duration(actions[n - 1], stages))
                 for need in needs(action, split, num_stages, again):
                     hop = 0
-                    if home[need.stage] != home[action.stage]:
+                    if home[need[1:]] != home[action[1:]]:
                         hop = stages[min(need.stage, action.stage)].transfer_us
                     bounds.append(starts[need] + duration(need, stages) + Fraction(hop))
                 if n == 0 and span is not None:

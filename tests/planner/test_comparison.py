@@ -99,6 +99,15 @@ def test_comparing_lists_every_family_with_the_costs_that_its_closed_form_gives(
     assert spans["zb-h1", 1] == 3 * 12
     assert spans["zb-h2", 1] == spans["zb-v", 2] == 0
     assert spans["dualpipev", 2] == 3 * 12 / 2
+    assert spans["dualpipe", 1] <= 12
+    assert spans["chimera", 1] == 2 * 24 + 2 * 12  # (p − 2) T_BW + (m / p − 1)(p − 2)(T_BW − T_F)
+    assert spans["gems", 1] == 4 * 12 + 8 * 4 * 24 + 7 * 12 - 3 * 12 - work
+    assert {row.family for row in found.rows if row.num_replicas == 2} == {
+        "dualpipe",
+        "chimera",
+        "chimera-doubling",
+        "gems",
+    }
     best = min(row.objective_us for row in found.rows)
     assert [row.objective_us for row in found.rows] == sorted(row.objective_us for row in found.rows)
     assert best == work
@@ -106,8 +115,42 @@ def test_comparing_lists_every_family_with_the_costs_that_its_closed_form_gives(
     assert all(row.gap_to_best == (row.objective_us - best) / row.objective_us for row in found.rows)
     transfers = {(row.family, row.virtual_stages): row.transfers for row in found.rows if row.family != "auto"}
     assert transfers["1f1b", 1] == 2 * m * 3
+    assert transfers["dualpipe", 1] == transfers["gems", 1] == 2 * m * 3
     assert transfers["zb-v", 2] == 2 * m * 6
     assert transfers["interleaved-1f1b", 2] == 2 * m * 7
+
+
+def test_bidirectional_families_hold_what_is_fixed_of_two_ranks_and_a_rank_works_on_two_stages():
+    costs = PipelineCosts((10, 30), (10, 30), (10, 30), activation_bytes=4, weight_activation_bytes=2)
+    arguments = {"num_ranks": 2, "num_microbatches": 4}
+    found = compare(costs, capacity_bytes=100, fixed_bytes=(40, 50), time_limit_s=1, **arguments)
+    rows = {row.family: row for row in found.rows}
+    assert rows["gpipe"].peak_memory == (40 + 16, 50 + 16)
+    assert rows["gems"].peak_memory == (94, 94)
+    assert rows["gems"].fits
+    tight = compare(costs, capacity_bytes=90, fixed_bytes=(40, 50), time_limit_s=1, **arguments)
+    assert {row.family: row.memory_over for row in tight.rows}["gems"] == 4
+    # each rank has half of the microbatches of either stage: 2 · 30 + 2 · 90 where one alone has 4 · 90
+    answer = schedule_costs(costs, family="dualpipe", **arguments)
+    assert (answer.num_replicas, answer.rank_of_stage) == (2, (0, 1))
+    assert (answer.lower_bound_us, answer.lower_bound_kind) == (240, "work of two replicas")
+    assert 240 <= answer.span_us <= 300
+    assert answer.bubble_rate_span == (answer.span_us - 240) / answer.span_us
+    assert rows["dualpipe"].span_us == answer.span_us < rows["auto"].span_us
+    assert found.gap == (rows["auto"].span_us - found.lower_bound_us) / rows["auto"].span_us
+    two = schedule_costs(costs, num_ranks=2, num_microbatches=2, family="gems")
+    assert (two.lower_bound_us, two.lower_bound_kind) == (120, "work of two replicas")
+    far = schedule_costs(replace(costs, p2p_us=100), num_ranks=2, num_microbatches=2, family="gems")
+    assert (far.lower_bound_us, far.lower_bound_kind) == (10 + 30 + 100 + 30 + 100 + 10 + 10, "chain of one microbatch")
+
+
+@pytest.mark.parametrize("family", ["chimera", "dualpipe", "gems"])
+def test_bidirectional_families_are_refused_where_microbatches_differ_or_a_layout_is_searched(family):
+    costs = PipelineCosts(10, 10, 10, microbatch_scale=(1, 2, 1, 2))
+    with pytest.raises(LayoutError, match=f"family '{family}' holds every stage on two ranks.*leave out microbatch_scale"):
+        schedule_costs(costs, num_ranks=2, num_microbatches=4, family=family)
+    found = compare(costs, num_ranks=2, num_microbatches=4, time_limit_s=1)
+    assert "microbatches that are all alike" in found.refused[family]
 
 
 def test_comparing_says_what_does_not_fit_and_by_how_much():
@@ -156,8 +199,9 @@ def test_no_family_that_fits_is_under_the_bound_or_better_than_auto(p, m, pieces
     for row in found.rows:
         assert row.fits == (limit is None or max(row.peak_memory) <= int(limit * 24))
         if row.fits:
-            assert found.lower_bound_us <= row.objective_us
-            assert auto.objective_us <= row.objective_us, row
+            if row.num_replicas == 1:
+                assert found.lower_bound_us <= row.objective_us
+                assert auto.objective_us <= row.objective_us, row
 
 
 def test_the_package_hands_out_what_the_commands_call():
@@ -167,7 +211,7 @@ def test_the_package_hands_out_what_the_commands_call():
     assert set(PLACEMENTS) == {name for name, _ in AUTO_PLACEMENTS}
 
 
-@pytest.mark.parametrize("name", [*(name for name in FAMILIES if name != "dualpipev"), "auto"])
+@pytest.mark.parametrize("name", [*(name for name, one in FAMILIES.items() if name != "dualpipev" and one.num_replicas == 1), "auto"])
 def test_microbatches_that_all_take_the_same_are_the_plain_problem(name):
     costs = PipelineCosts(11, 12, 13, 2.0)
     m, v = (4, 1) if name == "auto" else numbers_for(FAMILIES[name], 2, 4)

@@ -40,11 +40,13 @@ def test_what_a_family_supports_it_generates_and_it_can_run(name, p, m, v):
         return
     schedule = family.generate(p, m, v)
     placement = family.placement(p, v)
-    assert can_run(schedule, p * v, m)
-    check(schedule, num_stages=p * v, num_microbatches=m, rank_of_stage=placement)
+    replicas = family.num_replicas
+    assert can_run(schedule, p * v, m, mirrored=replicas == 2)
+    check(schedule, num_stages=p * v, num_microbatches=m, rank_of_stage=placement, num_replicas=replicas)
+    assert schedule.num_replicas == replicas
     assert schedule.rank_of_stage == dict(enumerate(placement))
     kinds = {action.kind for actions in schedule.ranks for action in actions}
-    if name == "dualpipev":
+    if name in ("dualpipev", "dualpipe"):
         assert kinds == {Kind.F, Kind.B, Kind.W, Kind.BW}
     else:
         assert kinds == ({Kind.F, Kind.B, Kind.W} if family.splits_backward else {Kind.F, Kind.BW})
@@ -105,7 +107,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
         get_family("1F1b")
     with pytest.raises(ScheduleError, match=r"called 'zb_h3'; did you mean 'zb-h\d'\?"):
         get_family("zb_h3")
-    with pytest.raises(ScheduleError, match=r"called 'qqqq'\. Known: naive, gpipe, 1f1b, .*, dualpipev$"):
+    with pytest.raises(ScheduleError, match=r"called 'qqqq'\. Known: naive, gpipe, 1f1b, .*, dualpipev, .*$"):
         get_family("qqqq")
 
 
@@ -185,6 +187,63 @@ def test_dualpipev_idles_as_its_docstring_says(p, times):
     f, b, w = times
     assert bubbles("dualpipev", p, 3 * p, 2, times)[0] == (p - 1) * (f + b - w) / 2
     assert max(peaks("dualpipev", p, 3 * p, 2)) == 2 * (2 * p + 1)  # two per chunk-microbatch: p + 1/2 microbatches
+
+
+@pytest.mark.parametrize("times", [(1, 1, 1), (4, 5, 3), (5, 4, 3), (10, 11, 9), (3, 3, 1)])
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (4, 12), (6, 12), (6, 18), (8, 16), (8, 24)])
+def test_dualpipe_idles_and_holds_as_its_docstring_says(p, m, times):
+    f, b, w = times
+    assert bubbles("dualpipe", p, m, 1, times)[0] == (p // 2 - 1) * (f + b - w)
+    assert max(peaks("dualpipe", p, m)) == 2 * (p + 1)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize(("p", "units"), [(2, 1), (4, 1), (4, 2), (4, 3), (6, 2), (6, 3), (8, 2), (8, 3)])
+def test_chimera_idles_and_holds_as_its_docstring_says(p, units, times):
+    f, back = times[0], times[1] + times[2]
+    want = (p - 2) * max(f, back) + (units - 1) * (p - 2) * abs(back - f)
+    assert bubbles("chimera", p, units * p, 1, times) == (want, want)
+    assert peaks("chimera", p, units * p) == tuple(2 * (p // 2 + 1 + min(r, p - 1 - r)) for r in range(p))
+
+
+@pytest.mark.parametrize("times", [(1, 1, 1), (4, 5, 3), (10, 11, 9), (1, 0.5, 0.5), (3, 2, 2), (2, 2, 1)])
+@pytest.mark.parametrize(("p", "units"), [(4, 1), (4, 2), (4, 3), (6, 1), (6, 3), (8, 2)])
+def test_chimera_with_forward_doubling_idles_and_holds_as_its_docstring_says(p, units, times):
+    f, back = times[0], times[1] + times[2]
+    want = (p // 2 - 1) * (f + back)
+    assert bubbles("chimera-doubling", p, 2 * p * units, 1, times) == (want, want)
+    held = peaks("chimera-doubling", p, 2 * p * units)
+    assert held == tuple(2 * (3 * p // 2 + 1 + min(r, p - 1 - r)) for r in range(p))
+
+
+@pytest.mark.parametrize("times", [*TIMES, (5, 1, 1), (3, 1, 2)])
+@pytest.mark.parametrize("p", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("m", [2, 3, 8, 13])
+def test_gems_idles_and_holds_as_its_docstring_says(p, m, times):
+    f, back = times[0], times[1] + times[2]
+    stage = StageTimes(f, times[1], times[2], back, 0, 1)
+    timeline = simulate(get_family("gems").generate(p, m), [stage] * p)
+    if back >= f:
+        assert timeline.makespan_us == p * f + m * p * back + (m - 1) * f
+        assert timeline.span_us == pytest.approx(timeline.makespan_us - (0 if m % 2 else (p - 1) * f))
+    else:
+        assert timeline.makespan_us == m * p * f + (m - 1) * back + p * back
+    assert timeline.peak_activation_bytes == (1,) * p
+
+
+def test_bidirectional_families_say_what_they_need():
+    assert all(get_family("gems").supports(p, m) is None for p in range(2, 9) for m in range(2, 20))
+    assert "needs at least 2 ranks, not 1" in get_family("gems").supports(1, 4)
+    assert "need a microbatch each, so at least 2, not 1" in get_family("gems").supports(4, 1)
+    assert all(get_family("chimera").supports(p, m) is None for p in (2, 4, 6) for m in range(2, 20))
+    assert "even number of ranks only, not 3; use gems" in get_family("chimera").supports(3, 4)
+    assert [m for m in range(1, 30) if get_family("chimera-doubling").supports(4, m) is None] == [8, 16, 24]
+    assert [m for m in range(1, 14) if get_family("dualpipe").supports(4, m) is None] == [8, 10, 12]
+    assert "at least 8 microbatches for 4 ranks, not 6; use more" in get_family("dualpipe").supports(4, 6)
+    assert "even number of ranks and of microbatches, not 3 and 8" in get_family("dualpipe").supports(3, 8)
+    for family in FAMILIES.values():
+        if family.num_replicas == 2:
+            assert "one stage per rank, not 2; choose 1" in family.supports(4, 8, 2)
 
 
 @pytest.mark.parametrize("p", range(2, 14))

@@ -6,7 +6,14 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import earliest_starts, peak_bytes, stages_for, uniform_stages, valid_schedules
+from schedule_cases import (
+    bidirectional_schedules,
+    earliest_starts,
+    peak_bytes,
+    stages_for,
+    uniform_stages,
+    valid_schedules,
+)
 
 from planner.errors import ScheduleError
 from planner.plans import StageCosts
@@ -217,7 +224,7 @@ def test_work_that_takes_no_time_has_no_bubble():
 @given(st.data())
 @settings(derandomize=True, deadline=None, max_examples=150)
 def test_times_and_memory_agree_with_the_oracle(data):
-    schedule = data.draw(valid_schedules())
+    schedule = data.draw(st.one_of(valid_schedules(), bidirectional_schedules()))
     stages = data.draw(stages_for(schedule))
     timeline = simulate(schedule, stages)
     starts = earliest_starts(schedule, stages)
@@ -231,7 +238,9 @@ def test_times_and_memory_agree_with_the_oracle(data):
 @given(st.data())
 @settings(derandomize=True, deadline=None, max_examples=100)
 def test_no_timing_has_a_smaller_span_and_one_has_it(data):
-    schedule = data.draw(valid_schedules(max_stages=5, max_microbatches=3))
+    schedule = data.draw(
+        st.one_of(valid_schedules(max_stages=5, max_microbatches=3), bidirectional_schedules(max_microbatches=3))
+    )
     stages = data.draw(stages_for(schedule))
     timeline = simulate(schedule, stages)
     span = Fraction(timeline.span_us).limit_denominator(schedule.num_ranks)  # a mean over at most p ranks

@@ -5,7 +5,7 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import valid_schedules
+from schedule_cases import bidirectional_schedules, valid_schedules
 
 from planner.errors import ScheduleError
 from planner.schedule.actions import Kind, Schedule
@@ -30,7 +30,9 @@ def test_stages_that_share_a_rank_exchange_nothing():
     assert [(t.from_stage, t.to_stage) for t in found] == [(0, 1), (2, 3), (3, 2), (1, 0)]
 
 
-@pytest.mark.parametrize(("name", "v"), [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved-1f1b", 3)])
+@pytest.mark.parametrize(
+    ("name", "v"), [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved-1f1b", 3), ("dualpipe", 1)]
+)
 def test_every_boundary_is_crossed_twice_per_microbatch(name, v):
     found = transfers(get_family(name).generate(4, 8, v))
     assert len(found) == len(set(found)) == 2 * (4 * v - 1) * 8
@@ -43,16 +45,17 @@ def test_a_schedule_that_cannot_run_has_no_transfers():
 
 def produced(schedule: Schedule, rank: int) -> list[Transfer]:
     """What a rank's list sends, in the order of the list."""
-    home, found = schedule.rank_of_stage, []
+    home = {action[1:]: r for r, actions in enumerate(schedule.ranks) for action in actions}
+    found = []
     for kind, stage, j in schedule.ranks[rank]:
         to = stage + 1 if kind is Kind.F else stage - 1
-        if kind not in (Kind.W, Kind.R) and home.get(to, rank) != rank:
+        if kind not in (Kind.W, Kind.R) and home.get((to, j), rank) != rank:
             what = "activation" if kind is Kind.F else "gradient"
-            found.append(Transfer(what, stage, to, rank, home[to], j))
+            found.append(Transfer(what, stage, to, rank, home[to, j], j))
     return found
 
 
-@given(valid_schedules())
+@given(st.one_of(valid_schedules(), bidirectional_schedules()))
 @settings(derandomize=True, deadline=None)
 def test_every_rank_sends_in_the_order_of_its_list(schedule):
     found = transfers(schedule)
@@ -60,7 +63,7 @@ def test_every_rank_sends_in_the_order_of_its_list(schedule):
         assert [transfer for transfer in found if transfer.from_rank == rank] == produced(schedule, rank)
 
 
-@given(valid_schedules(), st.randoms(use_true_random=False))
+@given(st.one_of(valid_schedules(), bidirectional_schedules()), st.randoms(use_true_random=False))
 @settings(derandomize=True, deadline=None)
 def test_ranks_that_receive_in_that_order_all_finish(schedule, random):
     """A small runtime: first-in first-out channels without names on the tensors, ranks moved at random.
@@ -72,7 +75,7 @@ def test_ranks_that_receive_in_that_order_all_finish(schedule, random):
     for transfer in transfers(schedule):
         expected.setdefault((transfer.from_rank, transfer.to_rank), deque()).append(transfer)
         channels.setdefault((transfer.from_rank, transfer.to_rank), deque())
-    home = schedule.rank_of_stage
+    home = {action[1:]: r for r, actions in enumerate(schedule.ranks) for action in actions}
     outbox = [deque(produced(schedule, rank)) for rank in range(schedule.num_ranks)]
     inbox: list[set[Transfer]] = [set() for _ in schedule.ranks]
     step = [0] * schedule.num_ranks
@@ -80,9 +83,9 @@ def test_ranks_that_receive_in_that_order_all_finish(schedule, random):
     def move(rank: int) -> bool:
         kind, stage, j = schedule.ranks[rank][step[rank]]
         source = stage - 1 if kind is Kind.F else stage + 1
-        if kind not in (Kind.W, Kind.R) and home.get(source, rank) != rank:
+        if kind not in (Kind.W, Kind.R) and home.get((source, j), rank) != rank:
             what = "activation" if kind is Kind.F else "gradient"
-            needed = Transfer(what, source, stage, home[source], rank, j)
+            needed = Transfer(what, source, stage, home[source, j], rank, j)
             channel = needed.from_rank, rank
             while needed not in inbox[rank]:
                 if not channels[channel]:
@@ -91,8 +94,8 @@ def test_ranks_that_receive_in_that_order_all_finish(schedule, random):
                 assert channels[channel].popleft() == place
                 inbox[rank].add(place)
         to = stage + 1 if kind is Kind.F else stage - 1
-        if kind not in (Kind.W, Kind.R) and home.get(to, rank) != rank:
-            channels[rank, home[to]].append(outbox[rank].popleft())
+        if kind not in (Kind.W, Kind.R) and home.get((to, j), rank) != rank:
+            channels[rank, home[to, j]].append(outbox[rank].popleft())
         step[rank] += 1
         return True
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import can_run, numbers_for, valid_schedules
+from schedule_cases import bidirectional_schedules, can_run, numbers_for, valid_schedules
 
 from planner.errors import ScheduleError
 from planner.schedule.actions import Action, Kind, Schedule
@@ -191,12 +191,17 @@ def test_one_stage_may_split_some_backwards_and_fuse_others():
     check(Schedule.from_lines(["F0.0 F0.1 BW0.0 B0.1 W0.1"]))
 
 
-@given(valid_schedules())
+@given(st.one_of(valid_schedules(), bidirectional_schedules()))
 @settings(derandomize=True, deadline=None)
 def test_any_order_that_has_run_is_accepted(schedule):
     placement = [schedule.rank_of_stage[stage] for stage in range(schedule.num_stages)]
     check(schedule)
-    check(schedule, num_microbatches=schedule.num_microbatches, rank_of_stage=placement)
+    check(
+        schedule,
+        num_microbatches=schedule.num_microbatches,
+        rank_of_stage=placement,
+        num_replicas=schedule.num_replicas,
+    )
 
 
 @given(valid_schedules())
@@ -209,6 +214,52 @@ def test_the_run_order_has_every_action_once_after_what_it_needs(schedule):
     for rank in range(schedule.num_ranks):
         steps = [step for other, step in order if other == rank]
         assert steps == sorted(steps)
+
+
+TWO_WAYS = ["F0.0 BW0.0 F1.1 BW1.1", "F1.0 BW1.0 F0.1 BW0.1"]
+"""Microbatch 0 goes down two ranks, microbatch 1 goes up."""
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["F0.0 BW0.0 F1.1 BW1.1 F0.2 BW0.2", "F1.0 BW1.0 F0.1 BW0.1"], r"rank 1: F1\.2 is missing; stage 1 must run all 3"),
+        (
+            ["F0.0 BW0.0 F1.1 BW1.1 F0.2 BW1.2", "F1.0 BW1.0 F0.1 BW0.1 F1.2 BW0.2"],
+            r"rank 0, step 5: BW1\.2: microbatch 2 takes replica 0, by the rank of its stage 0, and that has stage 1 "
+            r"on rank 1; move it, or the whole microbatch",
+        ),
+        (
+            ["F0.0 BW0.0 F1.1 BW1.1", "F1.0 BW1.0 F0.1 F0.0 BW0.1"],
+            r"rank 1, step 3: F0\.0: microbatch 0 takes replica 0",
+        ),
+        (
+            ["F1.1 BW1.1 F0.0 BW0.0", "F1.0 BW1.0 F0.1 BW0.1"],
+            r"rank 0, step 0: F1\.1 waits for F0\.1 \(rank 1, step 2\)\n"
+            r"rank 1, step 0: F1\.0 waits for F0\.0 \(rank 0, step 2\)",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_bidirectional_schedule_is_said_in_its_terms(lines, message):
+    check(Schedule.from_lines(TWO_WAYS))
+    with pytest.raises(ScheduleError, match=message):
+        check(Schedule.from_lines(lines))
+
+
+def test_one_replica_is_not_two_and_two_are_not_one():
+    two, one = Schedule.from_lines(TWO_WAYS), Schedule.from_lines(["F0.0 BW0.0", "F1.0 BW1.0"])
+    assert (two.num_replicas, two.replica_of_microbatch, two.placements) == (2, (0, 1), ((0, 1), (1, 0)))
+    assert (one.num_replicas, one.replica_of_microbatch, one.placements) == (1, (0,), ((0, 1),))
+    assert [two.holders(stage) for stage in (0, 1)] == [(0, 1), (0, 1)]
+    assert [one.holders(stage) for stage in (0, 1)] == [(0,), (1,)]
+    with pytest.raises(ScheduleError, match="was to run two replicas, but it runs one"):
+        check(one, num_replicas=2)
+    with pytest.raises(
+        ScheduleError, match=r"rank 1, step 0: F1\.0: stage 1 is on rank 0 already .* lives on one rank"
+    ):
+        check(two, num_replicas=1)
+    with pytest.raises(ScheduleError, match=r"takes replica 0, .* and that has stage 0 on rank 1"):
+        check(two, rank_of_stage=(1, 0))
 
 
 @st.composite
@@ -239,8 +290,8 @@ def mutated(draw, schedule: Schedule) -> Schedule:
 
 
 FROM_FAMILIES = st.builds(
-    lambda name, p, m: get_family(name).generate(p, *numbers_for(get_family(name), p, m)),
-    st.sampled_from(sorted(FAMILIES)),
+    lambda family, p, m: family.generate(p, *numbers_for(family, p, m)),
+    st.sampled_from([family for family in FAMILIES.values() if family.num_replicas == 1]),
     st.integers(1, 3),
     st.integers(1, 4),
 )
@@ -249,10 +300,10 @@ FROM_FAMILIES = st.builds(
 @given(st.data())
 @settings(derandomize=True, deadline=None, max_examples=400)
 def test_a_changed_schedule_is_refused_exactly_when_it_cannot_run(data):
-    schedule = data.draw(st.one_of(valid_schedules(), FROM_FAMILIES))
+    schedule = data.draw(st.one_of(valid_schedules(), bidirectional_schedules(), FROM_FAMILIES))
     num_stages, num_microbatches = schedule.num_stages, schedule.num_microbatches
     broken = data.draw(mutated(schedule))
-    if can_run(broken, num_stages, num_microbatches):
+    if can_run(broken, num_stages, num_microbatches, mirrored=schedule.num_replicas == 2):
         check(broken, num_stages=num_stages, num_microbatches=num_microbatches)
     else:
         with pytest.raises(ScheduleError, match=r"^(rank \d+|deadlock|no rank)"):

@@ -6,7 +6,10 @@ from planner.errors import ScheduleError
 from planner.schedule.families import (
     afp,
     breadth_first,
+    chimera,
+    dualpipe,
     dualpipe_v,
+    gems,
     gpipe,
     hanayo,
     interleaved_1f1b,
@@ -36,6 +39,10 @@ FAMILIES: dict[str, Family] = {
         v_half.FAMILY,
         v_min.FAMILY,
         dualpipe_v.FAMILY,
+        dualpipe.FAMILY,
+        chimera.FAMILY,
+        chimera.DOUBLING,
+        gems.FAMILY,
     )
 }
 

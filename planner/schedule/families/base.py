@@ -38,6 +38,17 @@ def only_one_stage_per_rank(num_ranks: int, num_microbatches: int, virtual_stage
     return f"it runs one stage per rank, not {virtual_stages}; choose 1, or an interleaved family"
 
 
+def only_two_directions(num_ranks: int, num_microbatches: int, virtual_stages: int) -> str | None:
+    """The refusal of bidirectional families: a reason unless v is 1 and both directions have a microbatch."""
+    if virtual_stages != 1:
+        return f"each of its replicas runs one stage per rank, not {virtual_stages}; choose 1"
+    if num_ranks < 2:
+        return "its two replicas go through the ranks in opposite directions, so it needs at least 2 ranks, not 1"
+    if num_microbatches < 2:
+        return "its two replicas need a microbatch each, so at least 2, not 1; use more, or the family naive"
+    return None
+
+
 def only_two_stages_per_rank(num_ranks: int, num_microbatches: int, virtual_stages: int) -> str | None:
     """The refusal of families that are drawn for a V: a reason unless v is 2."""
     del num_ranks, num_microbatches
@@ -61,6 +72,7 @@ class Family:
     build: Callable[[int, int, int], Schedule]
     place: Callable[[int, int], tuple[int, ...]] = linear
     refuse: Callable[[int, int, int], str | None] = only_one_stage_per_rank
+    num_replicas: int = 1  # 2: bidirectional, the ranks also hold the mirror of `place`
     in_layout_search: bool = False  # whether `plan` tries it unasked; pinned by name, every family is tried
 
     def supports(self, num_ranks: int, num_microbatches: int, virtual_stages: int = 1) -> str | None:
@@ -83,5 +95,5 @@ class Family:
         return self.build(num_ranks, num_microbatches, virtual_stages)
 
     def placement(self, num_ranks: int, virtual_stages: int = 1) -> tuple[int, ...]:
-        """The rank of every stage, shape (p · v,)."""
+        """The rank of every stage, shape (p · v,); of replica 0."""
         return self.place(num_ranks, virtual_stages)
