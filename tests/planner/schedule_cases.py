@@ -121,7 +121,7 @@ def numbers_for(family: Family, num_ranks: int, num_microbatches: int) -> tuple[
         for chunks in (1, 2):
             if family.supports(num_ranks, many, chunks) is None:
                 return many, chunks
-    reject()
+    return reject()
 
 
 def can_run(schedule: Schedule, num_stages: int, num_microbatches: int, *, mirrored: bool = False) -> bool:

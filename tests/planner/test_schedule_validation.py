@@ -223,7 +223,10 @@ TWO_WAYS = ["F0.0 BW0.0 F1.1 BW1.1", "F1.0 BW1.0 F0.1 BW0.1"]
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["F0.0 BW0.0 F1.1 BW1.1 F0.2 BW0.2", "F1.0 BW1.0 F0.1 BW0.1"], r"rank 1: F1\.2 is missing; stage 1 must run all 3"),
+        (
+            ["F0.0 BW0.0 F1.1 BW1.1 F0.2 BW0.2", "F1.0 BW1.0 F0.1 BW0.1"],
+            r"rank 1: F1\.2 is missing; stage 1 must run all 3",
+        ),
         (
             ["F0.0 BW0.0 F1.1 BW1.1 F0.2 BW1.2", "F1.0 BW1.0 F0.1 BW0.1 F1.2 BW0.2"],
             r"rank 0, step 5: BW1\.2: microbatch 2 takes replica 0, by the rank of its stage 0, and that has stage 1 "

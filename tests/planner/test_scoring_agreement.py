@@ -21,7 +21,9 @@ ONE_PLACE = sorted(name for name, family in FAMILIES.items() if family.num_repli
 
 @st.composite
 def pipelines(draw):
-    family = FAMILIES[draw(st.sampled_from([name for name in ONE_PLACE if name != "dualpipev"]))]  # solvers do not mix B and BW
+    family = FAMILIES[
+        draw(st.sampled_from([name for name in ONE_PLACE if name != "dualpipev"]))
+    ]  # solvers do not mix B and BW
     p, m, v = draw(st.integers(1, 4)), draw(st.integers(1, 7)), draw(st.integers(1, 3))
     if family.supports(p, m, v) is not None:
         m, v = numbers_for(family, p, m)
