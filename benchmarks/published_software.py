@@ -91,6 +91,7 @@ def software_of(row: Row, facts: Row, dtype: Dtype, sequence_parallel: bool, rec
         fused_loss=str(row.get("shape")).startswith("mpt"),  # llm-foundry's default loss
         fused=row.get("torch_compile") is not False,
         blocking_launches="cuda_launch_blocking=1" in everything.lower(),
+        pads_vocabulary=row.get("padded_vocabulary") is not False,
     )
 
 
@@ -150,10 +151,14 @@ def sequence_parallel_of(row: Row, tp: int, dtype: Dtype, filled: list[str]) -> 
 
 
 def overlaps_of(row: Row, facts: Row, zero: int) -> bool:
-    """Whether gradients are reduced while the backward runs: FSDP always does; else what the text says."""
+    """Whether weights and gradients are sent while others compute: FSDP always does; else what the text says.
+
+    DeepSpeed's ZeRO 3 of 2021 (fp16) fetched a tensor when it was needed: its runs in arXiv 2104.04473, table 2, take
+    longer with more work per device and the same traffic.
+    """
     text = text_of(row, "optimizer_sharding") + " " + " ".join(map(str, facts.get("facts", []))).lower()
     if zero == 3:
-        return True
+        return str(row.get("precision")) != "fp16"
     if "no overlap" in text:
         return False
     return "overlap" in text_of(row, "optimizer_sharding")

@@ -39,7 +39,7 @@ class Job:
     global_batch_size: int
     sequence_length: int
     precision: Precision
-    overlaps: bool = True  # data-parallel traffic with the pipeline's last backward
+    overlaps: bool = True  # data-parallel traffic with computing
 
     def __post_init__(self) -> None:
         if len(self.profiles) not in (1, len(self.cluster.groups)):
@@ -189,7 +189,9 @@ class CandidateCosts:
                 own = profile.at(candidate.variant(job.sequence_length, job.dtype, name))
                 if shared:
                     own[-1] = self._without_matrix(own[-1])
-                layers.append(sharded_layers(own, candidate, self.fabric, spans, job.precision))
+                layers.append(
+                    sharded_layers(own, candidate, self.fabric, spans, job.precision, overlaps=job.overlaps)
+                )
             self._options[key] = LayerOptions(names, tuple(layers))
         return self._options[key]
 

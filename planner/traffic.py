@@ -14,6 +14,7 @@ What is sent once per step is linear in a rank's parameters: the floor under a l
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
+from operator import add
 
 from planner.layout import Candidate
 from planner.plans import Precision
@@ -150,14 +151,20 @@ def sharded_layers(
     fabric: Fabric,
     spans: Spans,
     precision: Precision,
+    *,
+    overlaps: bool = True,
 ) -> tuple[LayerProfile, ...]:
-    """The layers as they run with what is sent while they do: context ring, expert exchange, ZeRO 3."""
+    """The layers as they run with what is sent while they do: context ring, expert exchange, ZeRO 2 and 3.
+
+    Not `overlaps`: weights are fetched when they are needed, and gradients sent before anything else runs.
+    """
     if candidate.cp == candidate.ep == 1 and candidate.zero_stage < 2:
         return tuple(layers)
     made: dict[int, LayerProfile] = {}  # layers that repeat are one object
     for layer in layers:
         if id(layer) not in made:
-            made[id(layer)] = _gathering(_sending(layer, candidate, fabric, spans), candidate, fabric, spans, precision)
+            sending = _sending(layer, candidate, fabric, spans)
+            made[id(layer)] = _gathering(sending, candidate, fabric, spans, precision, overlaps)
     return tuple(made[id(layer)] for layer in layers)
 
 
@@ -181,7 +188,7 @@ def _with_times(layer: LayerProfile, forward_us: float, backward_us: float, fuse
 
 
 def _gathering(
-    layer: LayerProfile, candidate: Candidate, fabric: Fabric, spans: Spans, precision: Precision
+    layer: LayerProfile, candidate: Candidate, fabric: Fabric, spans: Spans, precision: Precision, overlaps: bool
 ) -> LayerProfile:
     """With ZeRO 2 and 3: the next layer's weights come, and the last one's gradients go, while this one computes."""
     if candidate.zero_stage < 2 or candidate.shard_degree == 1:
@@ -195,15 +202,16 @@ def _gathering(
             scatter_us += fabric.gather_us(gradients, shard)
     whole = layer.parameter_bytes // BYTES_PER_ELEMENT[precision.compute] * BYTES_OF[precision.gradients]
     whole += 2 * layer.parameter_bytes if candidate.zero_stage == 3 else 0  # this layer's weights and the next one's
+    with_us = _beside if overlaps else add
     slower = _with_times(
         layer,
-        _beside(layer.forward_us, gather_us),
-        _beside(layer.backward_input_us, gather_us),
-        _beside(layer.fused_backward_us, gather_us + scatter_us),
+        with_us(layer.forward_us, gather_us),
+        with_us(layer.backward_input_us, gather_us),
+        with_us(layer.fused_backward_us, gather_us + scatter_us),
     )
     return slower.model_copy(
         update={
-            "backward_weight_us": _beside(layer.backward_weight_us, scatter_us),
+            "backward_weight_us": with_us(layer.backward_weight_us, scatter_us),
             "temporary_bytes": layer.temporary_bytes + whole,
         }
     )

@@ -28,6 +28,14 @@ The first or last piece has nothing to hide behind, products in pieces fill the 
 Assumed: no measurement that isolates it is at hand.
 """
 
+LOCKSTEP_EXPONENT = 2.0
+"""How host and device add up where tensor-parallel collectives are waited for: (host^k + device^k)^(1/k).
+
+A process alone keeps its device busy while its host is ahead: the longer of both. Processes that wait for each other
+at every collective pay for the slowest host of them, even where each is ahead on average.
+Fitted between 1 (one after the other) and infinity (the longer of both), on one-node runs of Megatron-DeepSpeed.
+"""
+
 TensorOverlap = Literal["none", "gradients", "all"]
 Accumulation = Literal["separate", "fused", "sharded"]
 ACCUMULATED_BYTES: dict[Accumulation, float] = {"separate": 6.0, "fused": 3.0, "sharded": 0.0}
@@ -48,18 +56,20 @@ class Software:
     `recompute_stops_early`: PyTorch's own checkpointing repeats a block only up to the last tensor that its backward
     needs, which leaves out the block's last product; Megatron-LM's repeats all.
     `host_us` is what the host takes to dispatch one operation of this model: a layer of many small kernels cannot
-    run faster. `fused_loss`: cross entropy in one kernel, which keeps 16-bit logits where others keep fp32.
+    run faster. It waits with its peers at collectives that nothing overlaps (`LOCKSTEP_EXPONENT`). `fused_loss`: cross entropy in one kernel, which keeps 16-bit logits where others keep fp32.
     Not `fused`: norms, rotary positions and gated activations run one elementary kernel after the other,
     as PyTorch does without a compiler. With `blocking_launches` (CUDA_LAUNCH_BLOCKING=1) the device idles meanwhile.
+    Unless it `pads_vocabulary`, a device that holds all of the vocabulary multiplies with as many columns as it has.
     """
 
     tensor_overlap: TensorOverlap = "gradients"
     accumulation: Accumulation = "fused"
     recompute_stops_early: bool = False
-    host_us: float = 46.0
+    host_us: float = 63.0
     fused: bool = True
     fused_loss: bool = False
     blocking_launches: bool = False
+    pads_vocabulary: bool = True
 
 
 def profile_model(
@@ -97,6 +107,7 @@ def profile_model(
             software.fused,
             software.fused_loss,
             ACCUMULATED_BYTES[software.accumulation],
+            software.pads_vocabulary,
         )
         for variant in dict.fromkeys(variants)
     ]
@@ -203,7 +214,16 @@ def _times(layer: Layer, software: Software) -> tuple[float, float, float, float
     host = (*hosts, hosts[1] + hosts[2])
     if software.blocking_launches:
         return _pairwise_sum(device, host)
-    return max(device[0], host[0]), max(device[1], host[1]), max(device[2], host[2]), max(device[3], host[3])
+    waits = software.tensor_overlap == "none" and sent_us + sent_back_us > 0
+    f, b, w, fused = (_beside(*times, waits=waits) for times in zip(device, host, strict=True))
+    return f, b, w, fused
+
+
+def _beside(device_us: float, host_us: float, *, waits: bool) -> float:
+    """An action of a device and its host; `waits`: in lockstep with tensor-parallel peers."""
+    if not waits:
+        return max(device_us, host_us)
+    return float((device_us**LOCKSTEP_EXPONENT + host_us**LOCKSTEP_EXPONENT) ** (1 / LOCKSTEP_EXPONENT))
 
 
 def _after_last_need_us(layer: Layer) -> float:

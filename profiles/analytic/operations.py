@@ -73,6 +73,7 @@ class Shard:
     fused: bool = True
     fused_loss: bool = False
     accumulated_bytes: float = 6.0  # per parameter: traffic of adding up weight gradients
+    pads_vocabulary: bool = True
 
     def __post_init__(self) -> None:
         spec, tp = self.spec, self.variant.tp
@@ -139,6 +140,8 @@ class Shard:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding on this device, padding included."""
+        if self.variant.tp == 1 and not self.pads_vocabulary:
+            return self.spec.vocab_size
         multiple = VOCABULARY_MULTIPLE * self.variant.tp
         return ceil(self.spec.vocab_size / multiple) * VOCABULARY_MULTIPLE
 
@@ -177,16 +180,17 @@ class Shard:
         machine, tokens = self.machine, self.num_tokens
         rows = tokens if rows is None else rows
         group_rows, weights = rows / groups, inputs * outputs * groups
+        aligned = inputs % ALIGNMENT == 0 and outputs % ALIGNMENT == 0
         flops = 2.0 * rows * inputs * outputs
         cast_us = [machine.memory_us(CAST_BYTES * rows * width) if narrow else 0.0 for width in (inputs, outputs)]
         bias_us = machine.memory_us(rows * outputs * self.element_bytes) if bias else 0.0  # its gradient: a sum
         return Operation(
             name,
-            forward_us=machine.matmul_us(group_rows, outputs, inputs, groups=groups, wide=not narrow) + cast_us[0],
-            backward_us=machine.matmul_us(group_rows, inputs, outputs, groups=groups, wide=not narrow)
+            forward_us=machine.matmul_us(group_rows, outputs, inputs, groups=groups, wide=not narrow, aligned=aligned) + cast_us[0],
+            backward_us=machine.matmul_us(group_rows, inputs, outputs, groups=groups, wide=not narrow, aligned=aligned)
             + cast_us[1]
             + bias_us,
-            weight_us=machine.matmul_us(inputs, outputs, group_rows, groups=groups, wide=not narrow)
+            weight_us=machine.matmul_us(inputs, outputs, group_rows, groups=groups, wide=not narrow, aligned=aligned)
             + self.accumulate_us(weights),
             forward_flops=flops,
             backward_flops=flops,
