@@ -189,9 +189,7 @@ class CandidateCosts:
                 own = profile.at(candidate.variant(job.sequence_length, job.dtype, name))
                 if shared:
                     own[-1] = self._without_matrix(own[-1])
-                layers.append(
-                    sharded_layers(own, candidate, self.fabric, spans, job.precision, overlaps=job.overlaps)
-                )
+                layers.append(sharded_layers(own, candidate, self.fabric, spans, job.precision, overlaps=job.overlaps))
             self._options[key] = LayerOptions(names, tuple(layers))
         return self._options[key]
 

@@ -56,7 +56,8 @@ class Software:
     `recompute_stops_early`: PyTorch's own checkpointing repeats a block only up to the last tensor that its backward
     needs, which leaves out the block's last product; Megatron-LM's repeats all.
     `host_us` is what the host takes to dispatch one operation of this model: a layer of many small kernels cannot
-    run faster. It waits with its peers at collectives that nothing overlaps (`LOCKSTEP_EXPONENT`). `fused_loss`: cross entropy in one kernel, which keeps 16-bit logits where others keep fp32.
+    run faster, and it waits with its peers at collectives that nothing overlaps (`LOCKSTEP_EXPONENT`).
+    `fused_loss`: cross entropy in one kernel, which keeps 16-bit logits where others keep fp32.
     Not `fused`: norms, rotary positions and gated activations run one elementary kernel after the other,
     as PyTorch does without a compiler. With `blocking_launches` (CUDA_LAUNCH_BLOCKING=1) the device idles meanwhile.
     Unless it `pads_vocabulary`, a device that holds all of the vocabulary multiplies with as many columns as it has.
@@ -65,7 +66,7 @@ class Software:
     tensor_overlap: TensorOverlap = "gradients"
     accumulation: Accumulation = "fused"
     recompute_stops_early: bool = False
-    host_us: float = 63.0
+    host_us: float = 60.0
     fused: bool = True
     fused_loss: bool = False
     blocking_launches: bool = False

@@ -32,6 +32,12 @@ VOCABULARY_MULTIPLE = 128  # Megatron-LM pads the vocabulary to a multiple of th
 FLASH_BACKWARD_FACTOR = 2.5  # five products against two: the scores are computed again
 ROW_STATISTIC_BYTES = 4  # the log-sum-exp of one row of scores, in fp32
 EAGER_NORM_PASSES = 8  # of an RMSNorm in fp32, one elementary kernel after the other, against a fused one
+FLASH_1_PASSES = (15, 26)
+"""Passes over one hidden state, in F and B, around the first FlashAttention as it was called from PyTorch.
+
+Counted for MPT: Q, K and V clipped and gathered without padding, the output scattered back; the same backward, with
+the gradients of Q, K and V laid side by side again. Later kernels take tensors as they lie.
+"""
 CAST_BYTES = 4  # of one element cast to 8 bits: read in 16, written twice, once of it transposed
 
 
@@ -181,17 +187,18 @@ class Shard:
         rows = tokens if rows is None else rows
         group_rows, weights = rows / groups, inputs * outputs * groups
         aligned = inputs % ALIGNMENT == 0 and outputs % ALIGNMENT == 0
+
+        def product_us(rows: float, columns: float, depth: float) -> float:
+            return machine.matmul_us(rows, columns, depth, groups=groups, wide=not narrow, aligned=aligned)
+
         flops = 2.0 * rows * inputs * outputs
         cast_us = [machine.memory_us(CAST_BYTES * rows * width) if narrow else 0.0 for width in (inputs, outputs)]
         bias_us = machine.memory_us(rows * outputs * self.element_bytes) if bias else 0.0  # its gradient: a sum
         return Operation(
             name,
-            forward_us=machine.matmul_us(group_rows, outputs, inputs, groups=groups, wide=not narrow, aligned=aligned) + cast_us[0],
-            backward_us=machine.matmul_us(group_rows, inputs, outputs, groups=groups, wide=not narrow, aligned=aligned)
-            + cast_us[1]
-            + bias_us,
-            weight_us=machine.matmul_us(inputs, outputs, group_rows, groups=groups, wide=not narrow, aligned=aligned)
-            + self.accumulate_us(weights),
+            forward_us=product_us(group_rows, outputs, inputs) + cast_us[0],
+            backward_us=product_us(group_rows, inputs, outputs) + cast_us[1] + bias_us,
+            weight_us=product_us(inputs, outputs, group_rows) + self.accumulate_us(weights),
             forward_flops=flops,
             backward_flops=flops,
             weight_flops=flops,
@@ -315,12 +322,16 @@ class Shard:
         head_dim, moved = (qk_dim + value_dim) / 2, inputs + output
         version = {"flash-1": 1, "flash-2": 2}.get(self.attention_kernel, 3)
         statistics = tokens * self.heads * ROW_STATISTIC_BYTES
+        copied_us, copied_back_us = (
+            self.machine.memory_us(passes * output) if version == 1 else 0.0 for passes in FLASH_1_PASSES
+        )
         return Operation(
             "attention",
-            forward_us=self.machine.flash_attention_us(flops, head_dim, moved, version=version),
+            forward_us=self.machine.flash_attention_us(flops, head_dim, moved, version=version) + copied_us,
             backward_us=self.machine.flash_attention_us(
                 backward_flops, head_dim, 2 * moved + output, version=version, back=True
-            ),
+            )
+            + copied_back_us,
             forward_flops=flops,
             backward_flops=backward_flops,
             saved_bytes=inputs + statistics,
