@@ -298,7 +298,8 @@ class CandidateCosts:
                 experts = layer.expert_parameter_bytes / size
                 busy = traffic.busy_us(layer.parameter_bytes / size - experts, experts)
                 hidden = traffic.hidden_us(layer.forward_us, layer.fused_backward_us)
-                after = max(0.0, busy - hidden) + optimizer_us(layer.optimizer_us, candidate)
+                shown = max(traffic.shown_share * busy, busy - hidden)
+                after = shown + optimizer_us(layer.optimizer_us, candidate)
                 made[id(layer)] = round(m * work_us(layer, splits_backward) + after)
         return tuple(made[id(layer)] for layer in layers)
 

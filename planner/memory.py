@@ -58,13 +58,14 @@ def model_state_bytes(
     """
     per_parameter = state_bytes_per_parameter(precision)
     size = per_parameter[0]
-    expert_shard = min(candidate.shard_degree, candidate.dp * candidate.cp // candidate.ep)
     totals = []
     for stage, each in zip((3, 2, 1), per_parameter, strict=True):
         sharded = candidate.zero_stage >= stage
         dense = (parameter_bytes - expert_parameter_bytes) // size * each
         experts = expert_parameter_bytes // size * each
-        totals.append(dense // candidate.shard_degree + experts // expert_shard if sharded else dense + experts)
+        totals.append(
+            dense // candidate.shard_degree + experts // candidate.expert_shard_degree if sharded else dense + experts
+        )
     return totals[0], totals[1], totals[2]
 
 

@@ -12,7 +12,7 @@ from math import inf
 from planner.candidate_costs import span_key
 from planner.pricing import PricedLayout, Pricer
 from planner.topology import place
-from planner.traffic import boundary_us, step_traffic
+from planner.traffic import INTERFERENCE, boundary_us, step_traffic
 from profiles.collectives import Span
 from profiles.model import BYTES_PER_ELEMENT
 
@@ -96,7 +96,7 @@ def group_costs(pricer: Pricer, priced: PricedLayout) -> dict[str, Callable[[Spa
 
     def shown(span: Span) -> float:
         sent = 3 * (c.cp - 1) * fabric.pass_on_us(ring, span)
-        return m * max(0.1 * sent, sent - hidden)
+        return m * max(INTERFERENCE * sent, sent - hidden)
 
     return {
         "tp": lambda span: 0.0 if span == usual.tp else inf,

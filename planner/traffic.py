@@ -173,13 +173,18 @@ def _sending(layer: LayerProfile, candidate: Candidate, fabric: Fabric, spans: S
     steps = candidate.cp - 1
     ring_us = fabric.pass_on_us(layer.ring_bytes, spans.cp)
     exchange_us = 2 * fabric.all_to_all_us(layer.exchange_bytes, spans.ep)
-    more = max(0.0, steps * ring_us - layer.ring_hidden_forward_us) + exchange_us
-    more_back = max(0.0, 2 * steps * ring_us - layer.ring_hidden_backward_us) + exchange_us
+    more = _shown(steps * ring_us, layer.ring_hidden_forward_us) + exchange_us
+    more_back = _shown(2 * steps * ring_us, layer.ring_hidden_backward_us) + exchange_us
     if layer.variant.recompute == "full":
         more_back += more
     return _with_times(
         layer, layer.forward_us + more, layer.backward_input_us + more_back, layer.fused_backward_us + more_back
     )
+
+
+def _shown(sending_us: float, hidden_us: float) -> float:
+    """What a transfer adds beside computing that may hide this much of it."""
+    return max(INTERFERENCE * sending_us, sending_us - hidden_us)
 
 
 def _with_times(layer: LayerProfile, forward_us: float, backward_us: float, fused_us: float) -> LayerProfile:

@@ -73,6 +73,8 @@ def test_experts_are_sharded_over_the_devices_that_hold_the_same_ones() -> None:
     c = candidate(zero_stage=1, shard_degree=8, ep=4)
     _, _, optimizer = model_state_bytes(2 * N, N, c, BF16)
     assert optimizer == (N // 2) * 12 // 8 + (N // 2) * 12 // 2
+    uneven = candidate(zero_stage=1, dp=12, shard_degree=4, ep=2)  # six devices hold the same experts: three share them
+    assert model_state_bytes(2 * N, N, uneven, BF16)[2] == (N // 2) * 12 // 4 + (N // 2) * 12 // 3
 
 
 def test_16_bit_gradients_are_copied_to_32_bits_when_activations_are_gone() -> None:

@@ -7,10 +7,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from profiles import catalog
-from profiles.analytic import Software, profile_model
+from profiles.analytic import Software, TensorOverlap, profile_model
 from profiles.analytic.kernels import CACHE_SPEED, CACHED_BYTES, Machine
 from profiles.analytic.layers import Layer, dense_block, embedding, head, moe_block
-from profiles.analytic.operations import AttentionKernel, Shard
+from profiles.analytic.operations import FLASH_1_PASSES, AttentionKernel, Shard
 from profiles.cluster import DeviceSpec, Link
 from profiles.collectives import Fabric
 from profiles.errors import ProfileError
@@ -368,6 +368,46 @@ def test_a_layer_of_small_kernels_takes_as_long_as_the_host_needs_to_dispatch_it
     )
     assert twice.forward_us == 2 * slow.forward_us
     assert blocking.forward_us > twice.forward_us
+
+
+def test_hosts_that_wait_for_each_other_delay_a_device_that_is_slower_than_each_of_them() -> None:
+    spec = catalog.model("gpt2-medium")
+
+    def forward_us(tp: int, host_us: float, overlap: TensorOverlap) -> float:
+        software = Software(tensor_overlap=overlap, host_us=host_us)
+        return first_block(profile_one(spec, A100, make_variant(4, 1024, tp=tp), software=software)).forward_us
+
+    device_us = forward_us(2, 0.0, "none")
+    host_us = forward_us(2, 1e6, "gradients") / 1e6  # of one µs per operation
+    assert forward_us(2, 30.0, "none") == pytest.approx((device_us**2 + (30 * host_us) ** 2) ** 0.5)
+    assert forward_us(2, 30.0, "gradients") == max(forward_us(2, 0.0, "gradients"), 30 * host_us)
+    assert forward_us(1, 1.0, "none") == forward_us(1, 0.0, "none")
+
+
+def test_a_vocabulary_that_nobody_pads_slows_the_head_of_a_device_that_holds_all_of_it() -> None:
+    spec = catalog.model("gpt2")  # 50257 tokens
+
+    def head(tp: int, pads: bool) -> LayerProfile:
+        software = Software(host_us=0.0, pads_vocabulary=pads)
+        return profile_one(spec, A100, make_variant(8, 1024, tp=tp), software=software).layers[-1].profiles[0]
+
+    assert head(1, False).parameter_bytes < head(1, True).parameter_bytes
+    assert head(1, False).backward_weight_us > 2 * head(1, True).backward_weight_us
+    assert head(2, False) == head(2, True)
+
+
+def test_tensors_are_copied_around_the_first_flash_attention_only() -> None:
+    spec = catalog.model("llama-3.1-8b")
+    variant = make_variant(1, 64)  # too short for attention itself to matter
+    first, second = (
+        first_block(profile_one(spec, A100, variant, attention=kernel, software=Software(host_us=0.0)))
+        for kernel in ("flash-1", "flash-2")
+    )
+    hidden_bytes, speed = 64 * spec.hidden_size * 2, A100.memory_bandwidth_bytes_per_s * A100.memory_efficiency / 1e6
+    forward_us, backward_us = (passes * hidden_bytes / CACHE_SPEED / speed for passes in FLASH_1_PASSES)
+    launch_us = A100.kernel_launch_us
+    assert first.forward_us - second.forward_us == pytest.approx(forward_us + launch_us, abs=0.2)
+    assert first.fused_backward_us - second.fused_backward_us == pytest.approx(backward_us + launch_us, abs=0.2)
 
 
 def test_without_sequence_parallelism_a_block_keeps_what_korthikanti_counts() -> None:
