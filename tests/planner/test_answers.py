@@ -102,14 +102,15 @@ def test_a_pin_that_changes_nothing_is_said_to_change_nothing(best_five):
 @pytest.mark.parametrize(
     ("pins", "sent", "not_sent"),
     [
-        ({"ep": 8}, "expert_parallel_us", "context_parallel_us"),
+        ({"ep": 8, "cp": 1}, "expert_parallel_us", "context_parallel_us"),
         ({"cp": 2, "ep": 1, "tp": 1}, "context_parallel_us", "expert_parallel_us"),
         ({"tp": 8, "ep": 1}, "tensor_parallel_us", "expert_parallel_us"),
     ],
 )
 def test_traffic_is_told_apart_by_what_sends_it(pins, sent, not_sent):
-    cluster = "4x8xh100-sxm" if "cp" not in pins else "4x1xh100-sxm"
-    name = "mixtral-8x7b" if "cp" not in pins else "llama-3.2-1b"
+    alone = pins.get("cp", 1) == 1
+    cluster = "4x8xh100-sxm" if alone else "4x1xh100-sxm"
+    name = "mixtral-8x7b" if alone else "llama-3.2-1b"
     found = plan(name, cluster, family="1f1b", global_batch_size=64, sequence_length=2048, time_limit_s=3, **pins)
     parts = found.prediction.parts
     assert getattr(parts, sent) > 0
