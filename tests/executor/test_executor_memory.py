@@ -125,7 +125,7 @@ def test_after_every_action_as_many_bytes_are_alive_as_the_stage_costs_say(archi
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_after_b_no_more_is_held_than_after_f_on_a_block_and_nothing_after_w(architecture):
-    """A stage with the embedding is the exception: it keeps output gradients, of positions too, where it kept tokens."""
+    """A stage with the embedding is the exception: it keeps output gradients where it kept tokens."""
     embedding_stage, *others = costs_of(architecture)
     for stage in others:
         assert 0 < stage.weight_activation_bytes <= stage.activation_bytes
