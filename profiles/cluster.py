@@ -20,6 +20,7 @@ class Link(Facts):
     bandwidth_bytes_per_s: Rate
     latency_us: Microseconds
     efficiency: Fraction = 1.0  # share of the bandwidth that large transfers reach
+    switched: bool = True  # in a node; if not, devices are joined pairwise, each pair by its part of the bandwidth
 
     def transfer_us(self, num_bytes: float) -> float:
         """Time of one point-to-point transfer of `num_bytes`, in µs."""

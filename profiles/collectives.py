@@ -109,19 +109,28 @@ class Fabric:
         if span.degree == 1:
             return 0.0
         inside, slowest, latency_us = 1, 0.0, 0.0
-        for count, link in zip(span.members, self.links, strict=True):
+        for level, (count, link) in enumerate(zip(span.members, self.links, strict=True)):
             part = num_bytes * inside * (count - 1) / span.degree
             if count > 1:
-                slowest = max(slowest, part / bytes_per_us(link))
+                slowest = max(slowest, part / bytes_per_us(link) / self._reached(level, count))
                 latency_us += link.latency_us
             inside *= count
         return latency_us + slowest
+
+    def _reached(self, level: int, count: int) -> float:
+        """Share of a device's bandwidth that goes to `count` − 1 of its peers: all of it through a switch."""
+        peers = self.sizes[level] - 1
+        return 1.0 if self.links[level].switched or peers < count else (count - 1) / peers
 
     def pass_on_us(self, num_bytes: float, span: Span) -> float:
         """Every device passes `num_bytes` to its neighbour in a ring of this span, in µs; 0 for one device."""
         if span.degree == 1:
             return 0.0
-        return max(link.transfer_us(num_bytes) for count, link in self._crossed(span))
+        times = []
+        for level, (count, link) in enumerate(zip(span.members, self.links, strict=True)):
+            if count > 1:
+                times.append(link.transfer_us(num_bytes / self._reached(level, 2)))
+        return max(times)
 
     def _crossed(self, span: Span) -> list[tuple[int, Link]]:
         return [(count, link) for count, link in zip(span.members, self.links, strict=True) if count > 1]
@@ -130,7 +139,7 @@ class Fabric:
         inside, slowest = 1, float("inf")
         for level, (count, link) in enumerate(zip(span.members, self.links, strict=True)):
             if count > 1:
-                share = 1 - SHORT_RING / count if level == 0 else 1.0
+                share = 1 - SHORT_RING / count if level == 0 and link.switched else self._reached(level, count)
                 slowest = min(slowest, inside * bytes_per_us(link) * share)
             inside *= count
         return slowest

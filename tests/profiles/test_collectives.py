@@ -97,3 +97,27 @@ def test_islands_are_a_level_of_their_own() -> None:
     assert fabric.sizes == (4, 2, 2)
     assert fabric.span(8).members == (4, 2, 1)
     assert fabric.all_reduce_us(1e8, fabric.span(8)) > 1.5 * NODE.all_reduce_us(1e8, NODE.span(8))
+
+
+@pytest.mark.parametrize(
+    ("device", "num_devices", "measured_bytes_per_s"),  # of large all-reduces: bytes / time × 2 (n − 1) / n
+    [("v100-32gb", 2, 22.6e9), ("v100-32gb", 3, 45.1e9), ("v100-32gb", 8, 134.5e9)]  # vTrain, trace of V100
+    + [("mi300x", 2, 47.7e9), ("mi300x", 8, 312.9e9)],  # ml-engineering, network page
+)
+def test_devices_without_a_switch_have_the_links_to_their_peers_only(
+    device: str, num_devices: int, measured_bytes_per_s: float
+) -> None:
+    spec = catalog.device(device)
+    fabric = Fabric((8, 1), (spec.scale_up, spec.scale_out))
+    time_us = fabric.all_reduce_us(2**32, fabric.span(num_devices))
+    assert 2**32 / time_us * 1e6 * 2 * (num_devices - 1) / num_devices == pytest.approx(measured_bytes_per_s, rel=0.15)
+
+
+def test_a_pair_without_a_switch_is_as_fast_as_its_part_of_the_links() -> None:
+    wide = Link(bandwidth_bytes_per_s=7e9, latency_us=1.0)
+    narrow = wide.model_copy(update={"switched": False})
+    through, between = (Fabric((8, 1), (link, wide)) for link in (wide, narrow))
+    span = through.span(8)
+    assert through.pass_on_us(7e6, span) == pytest.approx(1 + 1000)
+    assert between.pass_on_us(7e6, span) == pytest.approx(1 + 7000)
+    assert between.all_to_all_us(8e6, span) == through.all_to_all_us(8e6, span) == pytest.approx(1 + 1000)

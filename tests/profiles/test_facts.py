@@ -270,7 +270,10 @@ def test_canonical_json_does_not_depend_on_the_order_of_keys():
     one = DEVICE.model_copy(update={"peak_flops": {"float32": 1.0, "float64": 2.0}})
     other = DEVICE.model_copy(update={"peak_flops": {"float64": 2.0, "float32": 1.0}})
     assert canonical_json(one) == canonical_json(other)
-    assert canonical_json(LINK) == '{"bandwidth_bytes_per_s":1000000000.0,"efficiency":0.5,"latency_us":10.0}'
+    assert (
+        canonical_json(LINK)
+        == '{"bandwidth_bytes_per_s":1000000000.0,"efficiency":0.5,"latency_us":10.0,"switched":true}'
+    )
 
 
 def test_facts_are_frozen():
