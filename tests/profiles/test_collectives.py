@@ -101,8 +101,13 @@ def test_islands_are_a_level_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("device", "num_devices", "measured_bytes_per_s"),  # of large all-reduces: bytes / time × 2 (n − 1) / n
-    [("v100-32gb", 2, 22.6e9), ("v100-32gb", 3, 45.1e9), ("v100-32gb", 8, 134.5e9)]  # vTrain, trace of V100
-    + [("mi300x", 2, 47.7e9), ("mi300x", 8, 312.9e9)],  # ml-engineering, network page
+    [
+        ("v100-32gb", 2, 22.6e9),  # vTrain, trace of V100
+        ("v100-32gb", 3, 45.1e9),
+        ("v100-32gb", 8, 134.5e9),
+        ("mi300x", 2, 47.7e9),  # ml-engineering, network page
+        ("mi300x", 8, 312.9e9),
+    ],
 )
 def test_devices_without_a_switch_have_the_links_to_their_peers_only(
     device: str, num_devices: int, measured_bytes_per_s: float
