@@ -11,6 +11,7 @@ def render_profile(profile: ModelProfile) -> str:
         ("model", f"{profile.model.name}, {profile.num_layers} layers with embedding and head"),
         ("measured on", f"{origin.device}, {origin.when}"),
         ("how", origin.how),
+        ("backward split", _engine_in_words(profile)),
     ]
     if profile.links is not None:
         p2p, reduce = profile.links.point_to_point, profile.links.all_reduce
@@ -42,3 +43,17 @@ def render_profile(profile: ModelProfile) -> str:
     columns = ("layer", "count", "variant", "F", "B", "W", "BW", "optimizer", "spread", "held F–B", "held B–W")
     title = "Per layer (times in ms, sizes in MiB)"
     return render(facts(rows), grid(title, columns, measured, left=("layer", "variant")))
+
+
+def _engine_in_words(profile: ModelProfile) -> str:
+    """Which engine splits the backward, and how much of the weight gradients it leaves to W."""
+    variant = profile.variants[0]
+    layers = [(group.name, group.count, group.at(variant)) for group in profile.layers]
+    engine = profile.origin.engine
+    parameters = sum(count * costs.parameter_bytes for _, count, costs in layers)
+    if not parameters or any(costs.deferred_parameter_bytes is None for _, _, costs in layers):
+        return engine
+    deferred = sum(count * (costs.deferred_parameter_bytes or 0) for _, count, costs in layers)
+    whole = [name for name, _, costs in layers if costs.parameter_bytes and not costs.deferred_parameter_bytes]
+    inside = f"; none of {', '.join(whole)}" if whole else ""
+    return f"{engine}, W makes {deferred / parameters:.1%} of the weight gradients{inside}"

@@ -72,19 +72,16 @@ def test_a_profile_says_whose_weight_gradients_w_computes():
         def forward(self, x):
             return self.attention(x, x, x, need_weights=False)[0]
 
-    fused = (
-        profile_layers(
-            [ProfiledLayer("first", "block", nn.Linear(16, 16)), ProfiledLayer("hidden", "block", Attention())],
-            lambda n: (torch.randn(n, 8, 16), torch.randn(n, 8, 16)),
-            nn.functional.mse_loss,
-            model=spec,
-            micro_batch_sizes=(1,),
-            **QUICK,
-        )
-        .layers[1]
-        .profiles[0]
+    fused = profile_layers(
+        [ProfiledLayer("first", "block", nn.Linear(16, 16)), ProfiledLayer("hidden", "block", Attention())],
+        lambda n: (torch.randn(n, 8, 16), torch.randn(n, 8, 16)),
+        nn.functional.mse_loss,
+        model=spec,
+        micro_batch_sizes=(1,),
+        **QUICK,
     )
-    assert fused.deferred_parameter_bytes == fused.weight_activation_bytes == 0
+    assert fused.layers[1].profiles[0].deferred_parameter_bytes == 0
+    assert fused.layers[1].profiles[0].weight_activation_bytes == 0
 
 
 def test_own_layers_are_profiled_too():
