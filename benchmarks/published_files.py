@@ -21,7 +21,7 @@ COLUMN_DEFAULTS = {  # what a table of bare columns leaves out; its file says al
     "hardware": "a100_80gb_sxm",
     "devices_per_node": 8,
     "precision": "fp16",
-    "recompute": "none",  # the products alone, once more, would take as long as a layer was measured to take
+    "recompute": "none",  # told from the time of a layer (docs/price_model.md)
     "optimizer_sharding": "none",
     "schedule": "1f1b",
     "vocab_size": 50257,
