@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +43,8 @@ from profiles.measure.split_backward import WeightGradStore
 
 Split = Literal["deferred", "torch"]
 _make_runtime: Callable[..., _PipelineScheduleRuntime] = _PipelineScheduleRuntime  # torch leaves it untyped
+torch_backward_input: Callable[..., Any] = stage_backward_input  # its B and W by themselves, to measure
+torch_backward_weight: Callable[..., Any] = stage_backward_weight
 _LETTERS = {Kind.F: "F", Kind.B: "I", Kind.W: "W", Kind.BW: "B"}  # torch's names; its B is our BW
 
 
