@@ -5,8 +5,9 @@
 
 overhead: wall and thread-CPU µs per compute action; tiny stages, 2 processes, m 64. memory: peak of a process in
 boundary tensors, for growing m. backward: thread CPU of B and W against BW on one transformer block, and bytes held.
-prediction: profiled here, planned, trained: the step as measured against predicted for stages of at least 20 ms, and
-again from the times that the runs measured. Everything in turns, so that noise of the machine meets all alike.
+prediction: profiled here beside a busy process, planned, trained: the step as measured against predicted for stages of
+at least 20 ms; and as predicted from a profile measured alone, and from the times of the run itself. Everything in
+turns, so that noise of the machine meets all alike.
 """
 
 import json
@@ -60,8 +61,8 @@ def main(
     parts = part or list(Part)
     load = os.getloadavg()[0]
     out.print(
-        f"Protocol: {_processor()}, {os.cpu_count()} cores, load {load:.1f} before; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, gloo, 2 processes of 1 thread; seed 0; overhead and backward: {repeats} runs in "
+        f"Protocol: {_processor()}, {os.cpu_count()} cores, load {load:.1f}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, gloo, 2 processes of 1 thread; seed 0; overhead and backward: {repeats} runs in "
         f"turns after 3 and 2 warm-ups; prediction: {rounds} rounds of {steps} steps, median after 2"
     )
     found: dict[str, Any] = {"load": load}
@@ -202,7 +203,8 @@ def _prediction(
         vocab_size=4096,
         sequence_length=256,
     )
-    profile = planner.profile(spec, micro_batch_sizes=(2,), num_threads=1)
+    alone = planner.profile(spec, micro_batch_sizes=(2,), num_threads=1)
+    profile = planner.profile(spec, micro_batch_sizes=(2,), num_threads=1, num_processes=2)
     profile.save(directory / "profile.json")
     plans = {family: _plan(profile, family, global_batch_size) for family in FAMILIES}
     measured: dict[str, list[float]] = {family: [] for family in FAMILIES}
@@ -220,7 +222,7 @@ def _prediction(
             )
             measured[family].append(reports[family].measured.step_us)
     table = Table(title="Step, measured and predicted", box=None)
-    names = ("", "measured, min", "median", "predicted", "error", "from measured times", "error", "smallest stage's F")
+    names = ("", "measured, min", "median", "predicted", "error", "profiled alone", "error", "from this run", "error")
     for name in names:
         table.add_column(name, justify="right" if name else "left")
     rows = {}
@@ -228,15 +230,21 @@ def _prediction(
         real_us, guess_us = statistics.median(measured[family]), plan.prediction.step_time_us
         again = _plan(ModelProfile.load(directory / f"measured-{family}.json"), family, global_batch_size)
         again_us = again.prediction.step_time_us
-        least_us = min(stage.forward_us for stage in plan.stages)
-        rows[family] = {"measured_us": measured[family], "predicted_us": guess_us, "again_us": again_us}
+        alone_us = _plan(alone, family, global_batch_size).prediction.step_time_us
+        rows[family] = {
+            "measured_us": measured[family],
+            "predicted_us": guess_us,
+            "alone_us": alone_us,
+            "again_us": again_us,
+        }
         table.add_row(
             f"{family} (v {plan.layout.virtual_stages}, layers {'+'.join(map(str, plan.layout.layers_per_stage))})",
             *(f"{us / 1e3:.0f} ms" for us in (min(measured[family]), real_us, guess_us)),
             f"{guess_us / real_us - 1:+.1%}",
+            f"{alone_us / 1e3:.0f} ms",
+            f"{alone_us / real_us - 1:+.1%}",
             f"{again_us / 1e3:.0f} ms",
             f"{again_us / real_us - 1:+.1%}",
-            f"{least_us / 1e3:.0f} ms",
         )
     out.print(table)
     actions = Table(title="Actions of the last round, ms", box=None)

@@ -35,7 +35,12 @@ def main(
     talk = Console(stderr=True)
     talk.print("profiling ...")
     profile = planner.profile(
-        model, sequence_length=sequence_length, num_layers=num_layers, micro_batch_sizes=(1,), num_threads=1
+        model,
+        sequence_length=sequence_length,
+        num_layers=num_layers,
+        micro_batch_sizes=(1,),
+        num_threads=1,
+        num_processes=2,
     )
     table = Table(title="Measured beside predicted", box=None)
     for name in ("plan", "measured step", "predicted step", "error", "losses within", "gradients within (float64)"):

@@ -165,6 +165,7 @@ def profile(
     dtype: Dtype = "float32",
     device: str = "cpu",
     num_threads: int = 1,
+    num_processes: int = 1,
     repeats: int = 10,
     warmups: int = 3,
     with_links: bool = True,
@@ -174,6 +175,7 @@ def profile(
 
     Rotary, gated models without biases are Llama-like; LayerNorm, learned positions and biases make GPT-2. The bundled
     models keep embedding and head apart, so the profile's spec has untied embeddings whatever the catalogue says.
+    `num_processes` of the run share this machine's CPU: all but one are kept busy while layers are timed.
     Your own layers are measured with `profiles.measure.profile_layers`. ProfileError if the shape is of neither kind.
     """
     from profiles.measure import profile_bundled
@@ -198,6 +200,7 @@ def profile(
         repeats=repeats,
         warmups=warmups,
         num_threads=num_threads,
+        num_processes=num_processes,
         with_links=with_links,
         on_progress=on_progress,
     )

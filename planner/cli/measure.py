@@ -40,6 +40,9 @@ def profile(
     threads: Annotated[
         int, typer.Option(min=1, max=1024, help="CPU threads, as each process of the run will have.")
     ] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, max=256, help="Processes of the run that will share this CPU: kept busy beside.")
+    ] = 1,
     repeats: Annotated[int, typer.Option(min=3, help="Timed runs; the median counts.")] = 10,
     warmups: Annotated[int, typer.Option(min=1, help="Runs before the timed ones.")] = 3,
     links: Annotated[bool, typer.Option(help="Also measure transfers between two processes.")] = True,
@@ -61,6 +64,7 @@ def profile(
             dtype=dtype.value,
             device=device,
             num_threads=threads,
+            num_processes=processes,
             repeats=repeats,
             warmups=warmups,
             with_links=links,

@@ -33,6 +33,7 @@ from profiles.errors import ProfileError
 from profiles.measure.layers import LossFn, MakeBatch, OnProgress, ProfiledLayer, measure_model
 from profiles.measure.links import measure_links, measure_links_here
 from profiles.measure.models import Architecture, build_layers, loss_fn, synthetic_batch
+from profiles.measure.neighbours import NeighbourRequest, neighbours
 from profiles.model import Dtype, MeasuredLinks, ModelProfile, ModelSpec, Origin, Recompute, Variant
 
 __all__ = ["ProfiledLayer", "profile_bundled", "profile_layers"]
@@ -56,13 +57,17 @@ def profile_bundled(
     repeats: int = 10,
     warmups: int = 3,
     num_threads: int | None = None,
+    num_processes: int = 1,
     with_links: bool = True,
     on_progress: OnProgress | None = None,
 ) -> ModelProfile:
     """Measure a bundled model at every micro-batch size and recompute mode, at the spec's sequence length.
 
-    Arguments and errors as in `profile_layers`. Only one block is built.
+    Arguments and errors as in `profile_layers`. Only one block is built. `num_processes`: how many processes share this
+    machine's CPU in the run; all but this one are kept busy meanwhile (`profiles.measure.neighbours`).
     """
+    if num_processes < 1:
+        raise ValueError(f"num_processes is {num_processes}, it must be at least 1")
     target = _usable_device(device)
     last = spec.num_layers + 1
     embedding, block, head = (
@@ -74,25 +79,44 @@ def profile_bundled(
         inputs, targets = synthetic_batch(spec, micro_batch_size, seed=0, step=0)
         return inputs.to(target), targets.to(target)
 
-    return profile_layers(
-        [
-            ProfiledLayer("embedding", "embedding", embedding),
-            ProfiledLayer("block", "block", block, count=spec.num_layers),
-            ProfiledLayer("head", "head", head),
-        ],
-        make_batch,
-        loss_fn,
-        model=spec,
+    beside = NeighbourRequest(
         architecture=architecture,
-        device=target,
-        dtype=dtype,
-        micro_batch_sizes=micro_batch_sizes,
-        recompute=recompute,
-        repeats=repeats,
-        warmups=warmups,
-        num_threads=num_threads,
-        with_links=with_links,
-        on_progress=on_progress,
+        model=spec,
+        variant=Variant(micro_batch_size=max(micro_batch_sizes), sequence_length=spec.sequence_length, dtype=dtype),
+        num_threads=num_threads or torch.get_num_threads(),
+    )
+    with neighbours(num_processes - 1 if target.type == "cpu" else 0, beside):
+        measured = profile_layers(
+            [
+                ProfiledLayer("embedding", "embedding", embedding),
+                ProfiledLayer("block", "block", block, count=spec.num_layers),
+                ProfiledLayer("head", "head", head),
+            ],
+            make_batch,
+            loss_fn,
+            model=spec,
+            architecture=architecture,
+            device=target,
+            dtype=dtype,
+            micro_batch_sizes=micro_batch_sizes,
+            recompute=recompute,
+            repeats=repeats,
+            warmups=warmups,
+            num_threads=num_threads,
+            with_links=False,
+            on_progress=on_progress,
+        )
+    how = measured.origin.how
+    if num_processes > 1 and target.type == "cpu":
+        others = "1 process" if num_processes == 2 else f"{num_processes - 1} processes"
+        how += f", beside {others} doing the same"
+    if with_links and on_progress is not None:
+        on_progress("links", 0, 1)
+    return measured.model_copy(
+        update={
+            "links": _links(target) if with_links else None,
+            "origin": measured.origin.model_copy(update={"how": how}),
+        }
     )
 
 
