@@ -93,6 +93,12 @@ def run(
     engine: Annotated[
         EngineName, typer.Option(help="Who runs the actions; torch is its own runtime.")
     ] = EngineName.pipewright,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(min=1e-12, max=1e12, help="Clip the gradients of the whole model to this norm.")
+    ] = None,
+    post_validation: Annotated[
+        bool, typer.Option(help="No barrier before the optimizer's step: step at once, correct it afterwards.")
+    ] = False,
     check: Annotated[bool, typer.Option(help="Also train in one process, and compare losses and gradients.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Save start and end of every action here.")] = None,
     measure: Annotated[
@@ -129,6 +135,8 @@ def run(
             device=device.value,
             backend=backend,
             engine=engine.value,
+            max_grad_norm=max_grad_norm,
+            post_validation=post_validation,
             check=check,
             trace_path=trace,
             measure_path=measure,

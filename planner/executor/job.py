@@ -27,6 +27,8 @@ class RunRequest(Facts):
     device: Literal["cpu", "cuda"]
     backend: str | None
     engine: Engine
+    max_grad_norm: NonNegative | None
+    post_validation: bool
     save_gradients: bool  # of the first step, for the reference to compare with
     process_group_timeout_s: NonNegative
     launcher_pid: int  # processes end when this one is gone
@@ -50,6 +52,10 @@ class RankResult(Facts):
     pipeline_us: tuple[NonNegative, ...]
     data_parallel_us: tuple[NonNegative, ...]
     optimizer_us: tuple[NonNegative, ...]
+    gradient_norms: tuple[float | None, ...]  # of the whole model, before clipping; None is inf or NaN
+    num_skipped: int
+    num_rolled_back: int
+    num_restarted: int
     peak_boundary_tensors: int
     peak_device_memory_bytes: int | None
 

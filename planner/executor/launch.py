@@ -4,6 +4,7 @@ Whatever happens, no process stays behind: an error in one ends all, and so does
 of this process. What the processes print goes to a log that is kept only when a process failed in a way nobody foresaw.
 """
 
+import math
 import os
 import re
 import signal
@@ -31,7 +32,7 @@ from planner.executor.job import (
     StepProgress,
 )
 from planner.executor.measured_profile import base_profile, corrected_profile
-from planner.executor.run_report import ActionTime, Exactness, RunReport, StepParts
+from planner.executor.run_report import ActionTime, Exactness, RunReport, StepParts, Updates
 from planner.executor.trace import Trace
 from planner.plans import Plan, StageCosts
 from planner.schedule.actions import Kind
@@ -54,6 +55,8 @@ def run_plan(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     backend: str | None = None,
     engine: Engine = "pipewright",
+    max_grad_norm: float | None = None,
+    post_validation: bool = False,
     check: bool = False,
     trace_path: str | Path | None = None,
     measure_path: str | Path | None = None,
@@ -65,6 +68,9 @@ def run_plan(
 
     `dtype`: the plan's by default. `device`: auto takes CUDA when there are enough devices for every process.
     `engine`: our interpreter, or "torch" for torch's own runtime.
+    `max_grad_norm` clips the gradients of the whole model; steps with an inf or NaN are skipped in any case.
+    `post_validation`: no barrier before the optimizer's step, see `planner.executor.optimizer`; the prediction then
+    counts the schedule's span in place of its makespan.
     `check` trains a second time in one process of plain torch and compares losses of every step and gradients
     of the first. `trace_path`: where to write the last (at most 20) steps' trace of every process.
     `measure_path`: where to save measured times as a profile to plan from again: the plan's own profile, read from
@@ -77,6 +83,13 @@ def run_plan(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
+    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm is {max_grad_norm:g}, it must be a positive number, or None")
+    if post_validation and engine == "torch":
+        raise ExecutionError(
+            "torch's runtime cannot begin a step again, as post-validation must when an update was wrong; run it with "
+            "the engine of pipewright, or without post-validation"
+        )
     plan = Plan.load(plan_path)
     chosen = _refuse_what_cannot_run(plan, device, dtype, engine)
     if profile_path is not None and measure_path is None:
@@ -96,6 +109,8 @@ def run_plan(
             device=chosen,
             backend=backend,
             engine=engine,
+            max_grad_norm=max_grad_norm,
+            post_validation=post_validation,
             save_gradients=check,
             process_group_timeout_s=process_group_timeout_s,
             launcher_pid=os.getpid(),
@@ -247,6 +262,9 @@ def _report(
     slowest = [max(step, key=sum) for step in zip(*parts_by_process, strict=True)]
     step_times = [sum(parts) for parts in slowest]
     pipeline, reduction, optimizer = zip(*slowest, strict=True)
+    predicted_us = predicted.pipeline_us
+    if request.post_validation:  # no barrier: a step costs its span; work is the same share of both
+        predicted_us *= (1 - predicted.bubble_rate_makespan) / (1 - predicted.bubble_rate_span)
     losses = next(result.losses for result in results if result.losses)
     memory = [result.peak_device_memory_bytes for result in results[:: layout.dp * layout.tp]]
     return RunReport(
@@ -272,12 +290,20 @@ def _report(
             optimizer_us=statistics.median(optimizer[skipped:]),
         ),
         predicted=StepParts(
-            step_us=predicted.step_time_us,
-            pipeline_us=predicted.pipeline_us,
+            step_us=predicted.step_time_us - predicted.pipeline_us + predicted_us,
+            pipeline_us=predicted_us,
             data_parallel_us=predicted.exposed_data_parallel_us,
             optimizer_us=predicted.optimizer_us,
         ),
         actions=_action_times(plan.stages, results, skipped),
+        updates=Updates(
+            max_grad_norm=request.max_grad_norm,
+            post_validation=request.post_validation,
+            gradient_norms=results[0].gradient_norms,
+            num_skipped=results[0].num_skipped,
+            num_rolled_back=tuple(r.num_rolled_back for r in results[:: layout.dp * layout.tp]),
+            num_restarted=results[0].num_restarted,
+        ),
         peak_boundary_tensors=tuple(r.peak_boundary_tensors for r in results[:: layout.dp * layout.tp]),
         peak_device_memory_bytes=tuple(m for m in memory if m is not None) if None not in memory else None,
         exactness=None if reference is None else _exactness(losses, reference),

@@ -4,6 +4,7 @@ interpreter.
 Started by `planner.executor.launch`: python -m planner.executor.reference DIRECTORY.
 """
 
+import math
 import sys
 
 import torch
@@ -50,7 +51,9 @@ def _train(job: JobDirectory, request: RunRequest, plan: Plan) -> None:
         losses.append(total / len(pieces))
         if step == 0:
             worst = _worst_gradient(job, plan, dict(model.named_parameters()))
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), request.max_grad_norm or math.inf)
+        if norm.isfinite():
+            optimizer.step()
     ReferenceResult(losses=tuple(losses), gradient_relative_difference=worst[0], worst_parameter=worst[1]).save(
         job.reference
     )

@@ -11,7 +11,7 @@ class StepParts(Facts):
     """One optimizer step and its parts, in µs. Measured: of each step's slowest process, medians over steps."""
 
     step_us: NonNegative
-    pipeline_us: NonNegative  # from the first action to the last, waiting included
+    pipeline_us: NonNegative  # from the first action to the last, waiting included; with post-validation, on one rank
     data_parallel_us: NonNegative  # predicted: the exposed part; measured: the reduction, waiting included
     optimizer_us: NonNegative
 
@@ -47,6 +47,23 @@ class Exactness(Facts):
         return max(self.loss_relative_differences)
 
 
+class Updates(Facts):
+    """What the optimizer's steps did."""
+
+    max_grad_norm: NonNegative | None
+    post_validation: bool
+    gradient_norms: tuple[float | None, ...]  # per step, of the whole model before clipping; None is inf or NaN
+    num_skipped: int  # steps with an inf or NaN somewhere
+    num_rolled_back: tuple[int, ...]  # per pipeline rank, updates made at once and taken back
+    num_restarted: int  # steps whose first forwards were run again
+
+    @property
+    def num_clipped(self) -> int:
+        """Steps whose gradients were scaled down."""
+        most = self.max_grad_norm
+        return 0 if most is None else sum(norm is not None and norm > most for norm in self.gradient_norms)
+
+
 class RunReport(Facts):
     """One run of a plan on this machine."""
 
@@ -69,6 +86,7 @@ class RunReport(Facts):
     measured: StepParts
     predicted: StepParts
     actions: tuple[ActionTime, ...]
+    updates: Updates
     peak_boundary_tensors: tuple[int, ...]  # per pipeline rank, most held at once for transfers
     peak_device_memory_bytes: tuple[int, ...] | None  # per pipeline rank, allocated, CUDA only
     exactness: Exactness | None  # when asked for

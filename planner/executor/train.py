@@ -96,7 +96,13 @@ def _layer(architecture: Architecture, spec: ModelSpec, request: RunRequest, ind
 
 def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSpec, pipe: Pipeline) -> None:
     here = pipe.coordinates
-    optimizer = pipe.make_optimizer(torch.optim.AdamW, lr=request.learning_rate)
+    optimizer = pipe.make_optimizer(
+        torch.optim.AdamW,
+        lr=request.learning_rate,
+        max_grad_norm=request.max_grad_norm,
+        post_validation=request.post_validation,
+    )
+    gradient_norms: list[float | None] = []
     rows = plan.layout.num_microbatches * plan.layout.micro_batch_size
     mine = slice(here.data_rank * rows, (here.data_rank + 1) * rows)
     losses: list[float] = []
@@ -104,10 +110,13 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
     for step in range(request.steps):
         inputs, targets = synthetic_batch(spec, plan.global_batch_size, seed=request.seed, step=step)
         optimizer.zero_grad()
-        pipe.barrier()  # steps start together, as they do in the prediction
+        if step == 0 or not request.post_validation:
+            pipe.barrier()  # steps start together, as they do in the prediction
         start = _now_us(pipe.device)
         loss = pipe.step(inputs[mine], targets[mine])
         middle = _now_us(pipe.device)
+        if step > 0:  # known by now, if it was not before
+            gradient_norms.append(optimizer.last_grad_norm)
         if step == 0 and request.save_gradients:
             _save_gradients(job, pipe)
         before_update = _now_us(pipe.device)
@@ -132,6 +141,8 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
                 line = StepProgress(step=step, loss=losses[-1], step_us=step_us).model_dump_json()
                 with job.progress.open("a") as stream:
                     stream.write(line + "\n")
+    optimizer.finish()
+    gradient_norms.append(optimizer.last_grad_norm)
     on_cuda = pipe.device.type == "cuda"
     RankResult(
         trace=pipe.trace(),
@@ -141,6 +152,10 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
         pipeline_us=tuple(pipeline_us),
         data_parallel_us=tuple(data_parallel_us),
         optimizer_us=tuple(optimizer_us),
+        gradient_norms=tuple(None if norm is None or not math.isfinite(norm) else norm for norm in gradient_norms),
+        num_skipped=optimizer.num_skipped,
+        num_rolled_back=optimizer.num_rolled_back,
+        num_restarted=optimizer.num_restarted,
         peak_boundary_tensors=pipe.peak_boundary_tensors,
         peak_device_memory_bytes=torch.cuda.max_memory_allocated(pipe.device) if on_cuda else None,
     ).save(job.result(here.global_rank))

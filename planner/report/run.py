@@ -33,7 +33,21 @@ def render_run(report: "RunReport") -> str:
                 f"(first step, worst parameter: {exact.worst_parameter})",
             )
         )
+    rows.append(("updates", _updates(report)))
     return render(facts(rows), _losses(report), _measured_and_predicted(report), _actions(report))
+
+
+def _updates(report: "RunReport") -> str:
+    done = report.updates
+    norms = [norm for norm in done.gradient_norms if norm is not None]
+    parts = [f"gradient norm {min(norms):.4g} to {max(norms):.4g}"] if norms else []
+    if done.max_grad_norm is not None:
+        parts.append(f"clipped to {done.max_grad_norm:g} in {done.num_clipped} of {len(done.gradient_norms)} steps")
+    parts.append(f"{done.num_skipped} skipped")
+    if done.post_validation:
+        back = ", ".join(map(str, done.num_rolled_back))
+        parts.append(f"post-validated: {done.num_restarted} begun again, rolled back by rank {back}")
+    return "; ".join(parts)
 
 
 def _losses(report: "RunReport") -> RenderableType:

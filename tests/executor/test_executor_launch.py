@@ -12,6 +12,7 @@ from executor_cases import make_plan
 from planner.errors import ExecutionError
 from planner.executor.launch import run_plan
 from planner.executor.trace import Trace
+from planner.report.run import render_run
 from planner.schedule.actions import Schedule
 from planner.schedule.families import get_family
 from profiles.errors import FileError
@@ -85,6 +86,37 @@ def test_a_data_parallel_run_is_exact_and_counts_the_reduction_apart_from_the_ac
         (k, s, 0) for s in (0, 1) for k in ("F", "BW")
     }
     assert report.measured.data_parallel_us > 0
+
+
+@pytest.mark.parametrize("post_validation", [False, True])
+def test_a_clipped_run_trains_as_one_process_does_and_says_what_the_updates_did(plan_path, post_validation):
+    free = run_plan(plan_path, steps=4, device="cpu").updates.gradient_norms
+    assert all(norm is not None for norm in free)
+    most = sorted(free)[1] * 1.001
+    report = run_plan(plan_path, steps=6, device="cpu", check=True, max_grad_norm=most, post_validation=post_validation)
+    assert report.exactness is not None
+    assert report.exactness.worst_loss_relative_difference < 1e-10
+    done = report.updates
+    assert done.gradient_norms[0] == free[0]
+    assert 0 < done.num_clipped < 6
+    assert done.num_restarted == (done.num_clipped if post_validation else 0)
+    assert done.num_rolled_back[0] <= done.num_restarted
+    assert (done.num_skipped, done.num_rolled_back[1]) == (0, 0)
+    # What the plan predicts is made up: a pipeline of 8 µs with 20 % bubble, 10 % of the span.
+    assert report.predicted.pipeline_us == pytest.approx(8 * 0.8 / 0.9 if post_validation else 8)
+    text = render_run(report)
+    assert f"clipped to {most:g} in {done.num_clipped} of 6 steps" in " ".join(text.split())
+    assert ("begun again" in text) == post_validation
+
+
+def test_post_validation_is_ours_alone(plan_path):
+    with pytest.raises(ExecutionError, match="torch's runtime cannot begin a step again"):
+        run_plan(plan_path, device="cpu", engine="torch", post_validation=True)
+
+
+def test_a_norm_that_is_none_is_a_wrong_argument(plan_path):
+    with pytest.raises(ValueError, match="max_grad_norm is -1, it must be a positive number"):
+        run_plan(plan_path, device="cpu", max_grad_norm=-1.0)
 
 
 def test_a_process_that_cannot_work_ends_the_run_with_its_own_words(plan_path):
