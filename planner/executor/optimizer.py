@@ -216,12 +216,9 @@ class PipelineOptimizer(Optimizer):
 class Optimizers:
     """The optimizers of one process's pipeline; every process makes the same ones, in the same order."""
 
-    def __init__(
-        self, groups: Groups, layout: Layout, is_counted: Callable[[nn.Parameter], bool], timeout: timedelta
-    ) -> None:
+    def __init__(self, groups: Groups, layout: Layout, timeout: timedelta) -> None:
         self._groups = groups
         self._layout = layout
-        self._is_counted = is_counted
         self._timeout = timeout
         self._made: list[PipelineOptimizer] = []
 
@@ -230,6 +227,7 @@ class Optimizers:
         cls: type[Optimizer],
         parameters: Iterable[Any],
         rule: Rule,
+        is_counted: Callable[[nn.Parameter], bool],
         *,
         post_validation: bool,
         options: dict[str, Any],
@@ -251,7 +249,7 @@ class Optimizers:
             _sharded(cls, given, groups.data, options) if is_sharded else cls(given, **options),
             GradientNorm(groups, layout, in_passing=post_validation, timeout=self._timeout),
             rule,
-            self._is_counted,
+            is_counted,
             post_validation=post_validation,
             device=groups.device,
         )
@@ -264,9 +262,14 @@ class Optimizers:
             optimizer.validate()
 
     def finish(self) -> None:
-        """Validate, and wait until others have received what they need for it."""
+        """Validate, wait until others have received what they need for it, and let go of the optimizers.
+
+        They know the pipeline, which knows them: with it and its process groups nothing may be left to the end of
+        the interpreter, when the threads of gloo cannot end in order any more.
+        """
         for optimizer in self._made:
             optimizer.finish()
+        self._made.clear()
 
     @property
     def needs_validation(self) -> bool:

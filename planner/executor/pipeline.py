@@ -126,7 +126,7 @@ class Pipeline:
             device=self.device,
             gradient_scale=1.0 / (layout.num_microbatches * layout.dp),
         )
-        self._optimizers = Optimizers(self._groups, layout, self.is_counted, timeout)
+        self._optimizers = Optimizers(self._groups, layout, timeout)
         self._failed = False
 
     @property
@@ -243,6 +243,7 @@ class Pipeline:
             cls,
             self.parameters() if parameters is None else parameters,
             Rule(max_grad_norm, skip_nonfinite),
+            self.is_counted,
             post_validation=post_validation,
             options=options,
         )

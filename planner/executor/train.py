@@ -26,6 +26,7 @@ from profiles.measure.models import Architecture, build_layers, loss_fn, synthet
 from profiles.model import ModelSpec
 
 MAX_TRACED_STEPS = 20
+MAX_SKIPPED_STEPS = 3  # in a row; one inf may come by chance
 
 
 def main(directory: str) -> int:
@@ -116,7 +117,7 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
         loss = pipe.step(inputs[mine], targets[mine])
         middle = _now_us(pipe.device)
         if step > 0:  # known by now, if it was not before
-            gradient_norms.append(optimizer.last_grad_norm)
+            _note_norm(gradient_norms, optimizer.last_grad_norm, request)
         if step == 0 and request.save_gradients:
             _save_gradients(job, pipe)
         before_update = _now_us(pipe.device)
@@ -142,7 +143,7 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
                 with job.progress.open("a") as stream:
                     stream.write(line + "\n")
     optimizer.finish()
-    gradient_norms.append(optimizer.last_grad_norm)
+    _note_norm(gradient_norms, optimizer.last_grad_norm, request)
     on_cuda = pipe.device.type == "cuda"
     RankResult(
         trace=pipe.trace(),
@@ -152,13 +153,22 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
         pipeline_us=tuple(pipeline_us),
         data_parallel_us=tuple(data_parallel_us),
         optimizer_us=tuple(optimizer_us),
-        gradient_norms=tuple(None if norm is None or not math.isfinite(norm) else norm for norm in gradient_norms),
+        gradient_norms=tuple(gradient_norms),
         num_skipped=optimizer.num_skipped,
         num_rolled_back=optimizer.num_rolled_back,
         num_restarted=optimizer.num_restarted,
         peak_boundary_tensors=pipe.peak_boundary_tensors,
         peak_device_memory_bytes=torch.cuda.max_memory_allocated(pipe.device) if on_cuda else None,
     ).save(job.result(here.global_rank))
+
+
+def _note_norm(norms: list[float | None], norm: float | None, request: RunRequest) -> None:
+    norms.append(norm if norm is not None and math.isfinite(norm) else None)
+    if len(norms) >= MAX_SKIPPED_STEPS and norms[-MAX_SKIPPED_STEPS:].count(None) == MAX_SKIPPED_STEPS:
+        raise ExecutionError(
+            f"the gradients of steps {len(norms) - MAX_SKIPPED_STEPS + 1} to {len(norms)} are inf or NaN: training "
+            f"diverged; lower the learning rate {request.learning_rate:g}"
+        )
 
 
 def _now_us(device: torch.device) -> float:

@@ -127,11 +127,13 @@ def test_a_process_that_cannot_work_ends_the_run_with_its_own_words(plan_path):
     assert "Traceback" in Path(log[1]).read_text()
 
 
-def test_training_that_diverges_ends_with_the_step_and_the_learning_rate(plan_path):
+@pytest.mark.parametrize("post_validation", [False, True])
+def test_training_that_diverges_ends_with_the_steps_and_the_learning_rate(plan_path, post_validation):
     with pytest.raises(
-        ExecutionError, match=r"the loss of step \d+ is (nan|inf): training diverged; lower the learning rate"
+        ExecutionError,
+        match=r"the gradients of steps 2 to 4 are inf or NaN: training diverged; lower the learning rate",
     ):
-        run_plan(plan_path, steps=5, device="cpu", learning_rate=1e30)
+        run_plan(plan_path, steps=6, device="cpu", learning_rate=1e30, post_validation=post_validation)
 
 
 def test_a_killed_process_ends_the_run_and_is_named(plan_path):

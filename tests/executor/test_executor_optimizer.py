@@ -1,10 +1,12 @@
 """The optimizer's step across stages, against plain torch and against itself: real processes, float64."""
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,22 @@ def test_a_step_made_again_is_as_it_would_have_been_and_leaves_later_changes_alo
     again, again_left = one_step(True)
     assert once_left == again_left == {"lr": 0.25, "count": 2}
     assert all(map(torch.equal, once, again))
+
+
+def test_a_closed_pipeline_and_its_process_groups_are_gone_with_the_last_name_for_them():
+    def train() -> weakref.ref[Pipeline]:
+        plan = make_plan(get_family("1f1b").generate(1, 3, 1), layers_per_stage=[3])
+        with Pipeline(plan, [make_layer(n, 3, 0) for n in range(3)], loss_fn, device="cpu") as pipe:
+            optimizer = pipe.make_optimizer(torch.optim.SGD, lr=0.1)
+            pipe.step(*make_batch(6, 0))
+            optimizer.step()
+        return weakref.ref(pipe)
+
+    gc.disable()  # it may come too late: threads of a process group must not outlive the interpreter
+    try:
+        assert train()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.fixture
