@@ -406,7 +406,9 @@ class _Search:
         """Give the best few candidates a solver-made schedule."""
         if not self.solvers_may_order:
             return
-        chosen = self._ranked()[:NUM_POLISHED]
+        cutoff_us = self._cutoff_us()
+        ranked = [one for one in self._ranked() if self.open.get(one.candidate, 0.0) < cutoff_us]
+        chosen = ranked[:NUM_POLISHED]
         for position, priced in enumerate(chosen):
             share = (self.time_limit_s * _POLISH_SHARE - self._elapsed_s()) / (len(chosen) - position)
             if self.result.interrupted:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from solvers.list_scheduling import Rule, Simulator, WholeBackwards, changed_rule, rule_family
 from solvers.pipeline import Order, PipelineProblem
 
-MAX_OPS = 1_500_000  # ops simulated in all, some 5 to 8 seconds
+MAX_OPS = 6_000_000  # ops simulated in all, some 20 to 30 seconds
+_MAX_TRIES = 400
 _NUM_RULES = 5  # of the family, tried first
 _NUM_KEPT = 2  # of these, whose numbers are looked at closely
 _PENDING = (0.25, 0.125, 0.18, 0.35)  # shares of all W of a rank
@@ -105,7 +106,7 @@ class _Search:
     def __init__(self, problem: PipelineProblem, whole_us: tuple[int, ...], deadline: float, max_ops: int) -> None:
         self.problem, self.whole_us, self.deadline = problem, whole_us, deadline
         self.simulator = Simulator(problem)
-        self.max_tries = max(1, max_ops // self.simulator.num_ops)
+        self.max_tries = max(1, min(_MAX_TRIES, max_ops // self.simulator.num_ops))
         self.num_tried = 0
         self.best: tuple[int, Order] | None = None
         self.out_of_time = False
