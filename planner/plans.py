@@ -57,6 +57,7 @@ class Layout(Facts):
     recompute_of_layer: tuple[Recompute, ...] = ()  # shape (num_layers,) where recompute is "mixed", else empty
     layers_per_stage: tuple[Count, ...]  # shape (pp × virtual_stages,), embedding and head counted as layers
     rank_of_stage: tuple[NonNegativeCount, ...]  # placement, shape (pp × virtual_stages,)
+    num_replicas: Literal[1, 2] = 1  # 2: bidirectional, stage s is on rank pp − 1 − s, too; microbatches take either
     devices: tuple[NonNegativeCount, ...]  # device index in the cluster of every global rank, shape (num_devices,)
 
     @property
@@ -73,6 +74,7 @@ class Layout(Facts):
     def degrees(self) -> str:
         """One line that tells two layouts apart."""
         chunks = f" v{self.virtual_stages}" if self.virtual_stages > 1 else ""
+        chunks += " x2" if self.num_replicas == 2 else ""
         context = f" cp{self.cp}" if self.cp > 1 else ""
         experts = f" ep{self.ep}" if self.ep > 1 else ""
         zero = f" zero{self.zero_stage}" if self.zero_stage else ""
@@ -94,6 +96,11 @@ class Layout(Facts):
                 )
         if set(self.rank_of_stage) != set(range(self.pp)):
             raise ValueError(f"rank_of_stage {self.rank_of_stage} does not use exactly the ranks 0..{self.pp - 1}")
+        if self.num_replicas == 2 and (self.pp < 2 or self.rank_of_stage != tuple(range(self.pp))):
+            raise ValueError(
+                f"num_replicas=2 needs pp of at least 2 and stage s on rank s, not pp={self.pp} and rank_of_stage "
+                f"{self.rank_of_stage}"
+            )
         if self.dp * self.cp % self.ep:
             raise ValueError(f"ep={self.ep} does not divide dp={self.dp} × cp={self.cp}: experts lie inside them")
         if self.dp * self.cp % self.shard_degree:

@@ -26,6 +26,7 @@ def verify(plan: Plan) -> None:
         num_stages=layout.num_stages,
         num_microbatches=layout.num_microbatches,
         rank_of_stage=layout.rank_of_stage,
+        num_replicas=layout.num_replicas,
     )
     _check_layers(plan)
     _check_family(plan)

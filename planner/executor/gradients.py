@@ -115,7 +115,7 @@ class DataParallelSum:
     def begin(self) -> None:
         """Take away what has been summed in earlier steps."""
         self._finished.clear()
-        self._carried = _take_gradients(self._stages_of)
+        self._carried = take_gradients(self._stages_of)
 
     def stage_finished(self, stage: int) -> None:
         """Start the sums of all parameters that no unfinished stage shares."""
@@ -176,7 +176,7 @@ def _started(
     first = parameters[0]
     flags = [float(p.grad is not None) for p in parameters]
     seen = torch.tensor(flags, dtype=torch.float32).to(first.device, non_blocking=True)
-    tensors = [seen, *(_joined(bucket) for bucket in _buckets(parameters, bucket_bytes))]
+    tensors = [seen, *(_joined(bucket) for bucket in buckets(parameters, bucket_bytes))]
     works = []
     for tensor in tensors:
         work = dist.all_reduce(tensor, group=group, async_op=True)
@@ -199,7 +199,8 @@ def _joined(bucket: Sequence[nn.Parameter]) -> Tensor:
     return flat
 
 
-def _take_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+def take_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Take what is in `.grad` away, to be added again when the step's own has been summed."""
     taken = []
     for parameter in parameters:
         if parameter.grad is not None:
@@ -208,7 +209,8 @@ def _take_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Paramet
     return taken
 
 
-def _buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
+def buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
+    """The parameters in order, cut into lists of one dtype and at most `bucket_bytes`, or one parameter."""
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_dtype.setdefault(parameter.dtype, []).append(parameter)

@@ -153,6 +153,7 @@ def _refuse_what_cannot_run(
         num_stages=layout.num_stages,
         num_microbatches=layout.num_microbatches,
         rank_of_stage=layout.rank_of_stage,
+        num_replicas=layout.num_replicas,
     )
     if engine == "torch":
         from planner.executor.torch_engine import refuse_for_torch  # with private names of torch: where asked for only

@@ -8,7 +8,8 @@
             optimizer.step()
 
 The gradients after `step` are those of the mean loss over the global batch, on every process for the
-parameters it holds.
+parameters it holds. A parameter that several pipeline ranks hold, as its stage has a replica or it is tied to one of
+another stage, has the same gradient on all of them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from planner.errors import ExecutionError
 from planner.executor.gradient_norm import Rule
 from planner.executor.gradients import DataParallelSum, GradientSync, NoSync
 from planner.executor.groups import Coordinates, channel_groups, connect, refuse_unsupported
+from planner.executor.holders import HolderSum, SharedParameters, Tie, Ties
 from planner.executor.interpreter import Interpreter, LossFunction
 from planner.executor.optimizer import Optimizers, PipelineOptimizer
 from planner.executor.program import rank_program
@@ -51,6 +53,7 @@ class Pipeline:
         receive_ahead: int = 1,
         trace_steps: int = 1,
         overlap_reduction: bool = True,
+        ties: Sequence[Tie] = (),
     ) -> None:
         """Check everything, join the job, build this process's layers.
 
@@ -61,7 +64,9 @@ class Pipeline:
         is one, else the CPU; `backend`: by default nccl on CUDA, else gloo; a process group that is there
         already is used as it is. `dtype` converts the layers. `receive_ahead`: receives posted beyond the
         next. `trace_steps`: how many last steps `trace` keeps. `overlap_reduction`: whether gradients of a stage are
-        reduced over the data ranks beside what a process still has to run, instead of after it.
+        reduced over the data ranks beside what a process still has to run, instead of after it. `ties`: pairs of
+        parameters that are one, where layers are callables, like ((0, "weight"), (5, "weight")) for layers 0 and 5;
+        modules are tied where they share a parameter.
 
         ExecutionError when plan, model and job do not fit together; ScheduleError when the schedule cannot
         run.
@@ -75,6 +80,7 @@ class Pipeline:
             num_stages=layout.num_stages,
             num_microbatches=layout.num_microbatches,
             rank_of_stage=layout.rank_of_stage,
+            num_replicas=layout.num_replicas,
         )
         bounds = (0, *accumulate(layout.layers_per_stage))
         if len(layers) != bounds[-1]:
@@ -83,7 +89,8 @@ class Pipeline:
                 f"{list(layout.layers_per_stage)} add up to {bounds[-1]}; pass the layers the "
                 "plan was made for, embedding and head included"
             )
-        _refuse_ties_across_ranks(layers, bounds, layout.rank_of_stage)
+        holders = [schedule.holders(s) for s, count in enumerate(layout.layers_per_stage) for _ in range(count)]
+        tied = Ties(layers, ties, holders)
         timeout = timedelta(seconds=process_group_timeout_s)
         self._groups = connect(layout, None if device is None else torch.device(device), backend, timeout)
         self.device = self._groups.device
@@ -91,13 +98,16 @@ class Pipeline:
         # As the profile counts it: blocks are recomputed, the embedding and the head are not.
         every = layout.recompute_of_layer or (layout.recompute,) * len(layers)
         recompute = {index for index in range(1, len(layers) - 1) if every[index] == "full"}
+        hosted = [n for index in program.stages for n in range(bounds[index], bounds[index + 1])]
+        built = {n: build_layer(n, layers[n], self.device, dtype) for n in hosted}
+        tied.join_here(built)
         stages = {}
         for index in program.stages:
             first, end = bounds[index], bounds[index + 1]
             stages[index] = Stage(
                 index,
                 first,
-                [build_layer(n, layers[n], self.device, dtype) for n in range(first, end)],
+                [built[n] for n in range(first, end)],
                 recompute=recompute,
                 splits=any(stage == index for stage, _ in program.split),
             )
@@ -116,6 +126,9 @@ class Pipeline:
         if layout.dp > 1:
             parameters_of = {index: stage.parameters() for index, stage in stages.items()}
             self._sync = DataParallelSum(parameters_of, self._groups.data, self.tracer, overlaps=overlap_reduction)
+        self._shared = SharedParameters(built, tied, schedule, self._groups, timeout)
+        if self._shared:
+            self._sync = HolderSum(self._shared, self._sync)
         self._interpreter = Interpreter(
             program,
             stages,
@@ -153,7 +166,7 @@ class Pipeline:
         """Run one optimizer step's forwards and backwards, and add the gradients to `.grad`.
 
         `inputs` and `targets` hold this data rank's num_microbatches × micro_batch_size rows; `inputs` are
-        needed by the process of the first stage, `targets` by that of the last, others may pass None. Returns
+        needed by processes of the first stage, `targets` by those of the last, others may pass None. Returns
         the mean loss over the global batch on processes of the last stage, else None. ExecutionError when
         rows or shapes do not fit.
         """
@@ -167,11 +180,11 @@ class Pipeline:
             self._sync.begin()
             must_restart = self._optimizers.must_restart if self._optimizers.needs_validation else None
             losses = self._interpreter.run(split_inputs, split_targets, must_restart)
-        loss = torch.stack(losses).mean() if losses else None
-        if self.plan.layout.dp > 1:
+        loss = self._shared.mean_loss(losses)
+        if self.plan.layout.dp > 1 or self._shared:
             start = self.tracer.mark()
             self._sync.finish()
-            if loss is not None:
+            if loss is not None and self.plan.layout.dp > 1:
                 with telling_lost_peers("the mean of the loss"):
                     dist.all_reduce(loss, group=self._groups.data)
                 loss /= self.plan.layout.dp
@@ -199,12 +212,12 @@ class Pipeline:
         """The same with names: the layer's index in the model, then its own name, like 3.weight."""
         return self.module.named_parameters()
 
-    def is_counted(self, parameter: nn.Parameter) -> bool:  # noqa: ARG002
+    def is_counted(self, parameter: nn.Parameter) -> bool:
         """Whether this pipeline rank is the one that counts `parameter` in sums over the pipeline, as in norms.
 
-        Of a parameter that several ranks hold, exactly one does.
+        Of a parameter that several ranks hold, exactly one does: the first.
         """
-        return True
+        return self._shared.is_counted(parameter)
 
     def zero_grad(self) -> None:
         """Forget the gradients of this process."""
@@ -239,6 +252,11 @@ class Pipeline:
         inf or NaN. `post_validation`: step without waiting for the ranks behind this one, and correct the step
         afterwards if their gradients say so; see `PipelineOptimizer`.
         """
+        if post_validation and self._shared:
+            raise ExecutionError(
+                "post_validation is not for pipelines in which several ranks hold a parameter, by a second replica or "
+                "a tie: their sum lets no rank run ahead; leave it out"
+            )
         return self._optimizers.make(
             cls,
             self.parameters() if parameters is None else parameters,
@@ -295,21 +313,3 @@ class Pipeline:
         # After an error others may be in the middle of a transfer: taking the group down could wait for them.
         if exception_type is None:
             self.close()
-
-
-def _refuse_ties_across_ranks(layers: Sequence[Layer], bounds: Sequence[int], rank_of_stage: Sequence[int]) -> None:
-    """A parameter shared by layers of two ranks would be trained as two."""
-    home: dict[int, tuple[int, int]] = {}
-    for stage, rank in enumerate(rank_of_stage):
-        for index in range(bounds[stage], bounds[stage + 1]):
-            layer = layers[index]
-            if not isinstance(layer, nn.Module):
-                continue
-            for name, parameter in layer.named_parameters():
-                other_rank, other_index = home.setdefault(id(parameter), (rank, index))
-                if other_rank != rank:
-                    raise ExecutionError(
-                        f"parameter {name} of layer {index} (rank {rank}) is also a parameter of layer "
-                        f"{other_index} (rank {other_rank}); parameters tied across ranks are not yet run by "
-                        "this executor: untie them, or put both layers on one rank"
-                    )

@@ -4,7 +4,8 @@ Sends never block. A receive is posted when it is among the next few this rank n
 buffer. gloo matches messages by tag. NCCL matches them by order: every (from, to, kind) has a communicator of
 its own, and receives are posted in the order of the channel, `planner.schedule.transfers`, which proves that
 nothing can hang. The first activation over a boundary is preceded by a small header with its shape and dtype;
-from then on the shape is fixed, and the gradient that comes back has it too.
+from then on the shape is fixed, and the gradient that comes back has it too. Where two replicas of the model run in
+opposite directions, activations and gradients go either way between two ranks; a channel carries those of one.
 """
 
 import re
@@ -22,6 +23,7 @@ from planner.schedule.transfers import Transfer
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MAX_DIMENSIONS = 8
+_Boundary = tuple[int, int, int]  # stage before it, its rank, the next stage's rank: each replica has its own
 
 
 class LostPeerError(ExecutionError):
@@ -64,7 +66,7 @@ class Transport:
         self._device = device
         self._channels = channels
         self._ahead = receive_ahead
-        self._shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}  # of the boundary behind each stage
+        self._shapes: dict[_Boundary, tuple[torch.Size, torch.dtype]] = {}
         self._posted: dict[Transfer, tuple[dist.Work, torch.Tensor]] = {}
         self._outstanding: dict[Transfer, tuple[dist.Work, torch.Tensor]] = {}
         self._next = 0  # into program.incoming: the next receive this rank needs
@@ -171,8 +173,8 @@ class Transport:
         self._count()
 
     def _check_shape(self, transfer: Transfer, tensor: torch.Tensor) -> None:
-        stage = transfer.from_stage
-        known = self._shapes.get(stage)
+        stage, boundary = transfer.from_stage, _boundary(transfer)
+        known = self._shapes.get(boundary)
         if known == (tensor.shape, tensor.dtype):
             return
         if known is not None:
@@ -188,7 +190,7 @@ class Transport:
                 f"stage {stage} made {_describe(tensor.shape, tensor.dtype)}; a tensor between stages has "
                 f"one of the dtypes {names} and at most {_MAX_DIMENSIONS} dimensions: cut the model elsewhere"
             )
-        self._shapes[stage] = tensor.shape, tensor.dtype
+        self._shapes[boundary] = tensor.shape, tensor.dtype
         padding = [0] * (_MAX_DIMENSIONS - tensor.dim())
         fields = [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *padding]
         header = torch.tensor(fields, dtype=torch.int64, device=self._device)
@@ -254,9 +256,11 @@ class Transport:
         self.peak_buffers = max(self.peak_buffers, len(self._posted) + len(self._outstanding))
 
 
-def _boundary(transfer: Transfer) -> int:
-    """The stage before the boundary that a transfer crosses."""
-    return min(transfer.from_stage, transfer.to_stage)
+def _boundary(transfer: Transfer) -> _Boundary:
+    """The boundary that a transfer crosses."""
+    if transfer.kind == "activation":
+        return transfer.from_stage, transfer.from_rank, transfer.to_rank
+    return transfer.to_stage, transfer.to_rank, transfer.from_rank
 
 
 def _describe(shape: torch.Size, dtype: torch.dtype) -> str:

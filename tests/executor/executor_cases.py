@@ -34,7 +34,7 @@ def make_plan(
     """The least a plan must hold to be run; what it predicts means nothing."""
     p, num_stages = schedule.num_ranks, schedule.num_stages
     layers_per_stage = tuple(layers_per_stage or [1] * num_stages)
-    home = {a.stage: rank for rank, actions in enumerate(schedule.ranks) for a in actions}
+    home = schedule.rank_of_stage
     costs = StageCosts(
         forward_us=1.0,
         backward_input_us=1.0,
@@ -90,6 +90,7 @@ def make_plan(
             layers_per_stage=layers_per_stage,
             rank_of_stage=tuple(rank_of_stage or [home[s] for s in range(num_stages)]),
             devices=tuple(range(p * dp * tp)),
+            num_replicas=schedule.num_replicas,
         ),
         stages=(costs,) * num_stages,
         family=family,
