@@ -173,9 +173,9 @@ def profile(
 ) -> ModelProfile:
     """Measure the bundled GPT-2-like or Llama-like torch model of this shape on this device. Needs torch.
 
-    Rotary, gated models without biases are Llama-like; LayerNorm, learned positions and biases make GPT-2. The bundled
-    models keep embedding and head apart, so the profile's spec has untied embeddings whatever the catalogue says.
-    `num_processes` of the run share this machine's CPU: all but one are kept busy while layers are timed.
+    Rotary, gated models without biases are Llama-like; LayerNorm, learned positions and biases make GPT-2. Embeddings
+    are tied where the model's are; each layer is measured with its own matrix. `num_processes` of the run share this
+    machine's CPU: all but one are kept busy while layers are timed.
     Your own layers are measured with `profiles.measure.profile_layers`. ProfileError if the shape is of neither kind.
     """
     from profiles.measure import profile_bundled
@@ -184,7 +184,7 @@ def profile(
     if not sizes or sizes[0] < 1 or sizes[-1] > MAX_MICRO_BATCH:
         raise ProfileError(f"micro-batch sizes {sizes}: give whole numbers from 1 to {MAX_MICRO_BATCH}")
     spec = model if isinstance(model, ModelSpec) else load_model_spec(str(model))
-    changes: dict[str, Any] = {"tied_embeddings": False}
+    changes: dict[str, Any] = {}
     if sequence_length is not None:
         changes["sequence_length"] = sequence_length
     if num_layers is not None:

@@ -93,9 +93,14 @@ def rank_memory(
     precision: Precision,
     peak_activation_bytes: int,
     capacity: int,
+    num_replicas: int = 1,
 ) -> RankMemory:
-    """Memory of one device of this pipeline rank, given what its activations take at their peak."""
-    hosted = [stage for stage, host in zip(stages, rank_of_stage, strict=True) if host == rank]
+    """Memory of one device of this pipeline rank, given what its activations take at their peak.
+
+    With two replicas it holds the model states of its own stages and of the mirrored rank's.
+    """
+    homes = {rank, len(set(rank_of_stage)) - 1 - rank} if num_replicas == 2 else {rank}
+    hosted = [stage for stage, host in zip(stages, rank_of_stage, strict=True) if host in homes]
     parameter_bytes = sum(stage.parameter_bytes for stage in hosted)
     weights, gradients, optimizer = model_state_bytes(
         parameter_bytes, sum(stage.expert_parameter_bytes for stage in hosted), candidate, precision
@@ -110,7 +115,9 @@ def rank_memory(
             *(stage.temporary_bytes for stage in hosted),
             copied_gradient_bytes(num_parameters, candidate, precision) - peak_activation_bytes,
         ),
-        buffer_bytes=buffer_bytes(max(stage.output_bytes for stage in stages), num_neighbours(rank_of_stage, rank))
+        buffer_bytes=buffer_bytes(
+            max(stage.output_bytes for stage in stages), num_replicas * num_neighbours(rank_of_stage, rank)
+        )
         + bucket_bytes(num_parameters, candidate, precision),
         capacity_bytes=capacity,
     )

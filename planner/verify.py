@@ -77,7 +77,7 @@ def _check_times(plan: Plan, timeline: Timeline) -> None:
         sum(
             stage.optimizer_us
             for stage, host in zip(plan.stages, plan.layout.rank_of_stage, strict=True)
-            if host == rank
+            if host == rank or (plan.layout.num_replicas == 2 and host == plan.layout.pp - 1 - rank)
         )
         for rank in range(plan.layout.pp)
     ]
@@ -105,6 +105,7 @@ def _check_memory(plan: Plan, timeline: Timeline) -> None:
             precision=plan.precision,
             peak_activation_bytes=math.ceil(timeline.peak_activation_bytes[rank]),
             capacity=memory.capacity_bytes,
+            num_replicas=layout.num_replicas,
         )
         if again != memory:
             name = next(n for n in type(memory).model_fields if getattr(memory, n) != getattr(again, n))

@@ -50,7 +50,7 @@ def _train(job: JobDirectory, request: RunRequest, plan: Plan) -> None:
             total += loss.item()
         losses.append(total / len(pieces))
         if step == 0:
-            worst = _worst_gradient(job, plan, dict(model.named_parameters()))
+            worst = _worst_gradient(job, plan, dict(model.named_parameters(remove_duplicate=False)))
         norm = nn.utils.clip_grad_norm_(model.parameters(), request.max_grad_norm or math.inf)
         if norm.isfinite():
             optimizer.step()
@@ -61,11 +61,13 @@ def _train(job: JobDirectory, request: RunRequest, plan: Plan) -> None:
 
 def _worst_gradient(job: JobDirectory, plan: Plan, parameters: dict[str, nn.Parameter]) -> tuple[float, str]:
     worst = 0.0, "none"
+    held = set()  # by identity; a parameter may be held by several ranks, and have several names
     for pipeline_rank in range(plan.layout.pp):
         theirs = torch.load(job.gradients(pipeline_rank), map_location="cpu", mmap=True, weights_only=True)
         for name, gradient in theirs.items():
-            worst = max(worst, (_relative_difference(gradient, parameters.pop(name).grad), name))
-    left = [name for name, parameter in parameters.items() if parameter.grad is not None]
+            held.add(parameters[name])
+            worst = max(worst, (_relative_difference(gradient, parameters[name].grad), name))
+    left = [name for name, parameter in parameters.items() if parameter.grad is not None and parameter not in held]
     if left:
         raise RuntimeError(f"no process holds a gradient of {left[0]}")
     return worst

@@ -22,7 +22,7 @@ from planner.executor.pipeline import Pipeline
 from planner.executor.transport import LostPeerError
 from planner.plans import Plan
 from profiles.errors import PipewrightError
-from profiles.measure.models import Architecture, build_layers, loss_fn, synthetic_batch
+from profiles.measure.models import Architecture, build_layers, loss_fn, synthetic_batch, tied_parameters
 from profiles.model import ModelSpec
 
 MAX_TRACED_STEPS = 20
@@ -85,6 +85,7 @@ def _train(job: JobDirectory, request: RunRequest) -> None:
         backend=request.backend,
         process_group_timeout_s=request.process_group_timeout_s,
         trace_steps=min(request.steps, MAX_TRACED_STEPS),
+        ties=tied_parameters(spec),
     ) as pipe:
         _run_steps(job, request, plan, spec, pipe)
 
@@ -106,6 +107,7 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
     gradient_norms: list[float | None] = []
     rows = plan.layout.num_microbatches * plan.layout.micro_batch_size
     mine = slice(here.data_rank * rows, (here.data_rank + 1) * rows)
+    reporting = plan.parsed_schedule.holders(plan.layout.num_stages - 1)[0]
     losses: list[float] = []
     pipeline_us, data_parallel_us, optimizer_us = [], [], []
     for step in range(request.steps):
@@ -137,7 +139,7 @@ def _run_steps(job: JobDirectory, request: RunRequest, plan: Plan, spec: ModelSp
                     f"the loss of step {step + 1} is {losses[-1]}: training diverged; lower the learning rate "
                     f"{request.learning_rate:g}"
                 )
-            if here.data_rank == 0:
+            if (here.pipeline_rank, here.data_rank) == (reporting, 0):
                 step_us = middle - start + end - before_update
                 line = StepProgress(step=step, loss=losses[-1], step_us=step_us).model_dump_json()
                 with job.progress.open("a") as stream:

@@ -5,7 +5,7 @@ i) on the CPU in float32, whatever the device and dtype: a process that builds o
 weights that a process building all of them gets. The head ends in logits; `loss_fn` is apart.
 
 Sources: GPT-2 as in Radford et al. 2019 (learned positions, biases, GELU, N(0, 0.02) with residual
-projections scaled by 1/sqrt(2 L)), but with untied embeddings and no dropout; Llama as in arXiv 2302.13971
+projections scaled by 1/sqrt(2 L)), but no dropout, and embeddings tied only where asked; Llama as in arXiv 2302.13971
 (RMSNorm, rotary positions, SwiGLU) with grouped-query attention (arXiv 2305.13245).
 """
 
@@ -79,13 +79,24 @@ def build_layers(
     """Layers `only` (default: all num_layers + 2) of the model, on `device`.
 
     Layer 0 maps token ids (n, s) to (n, s, hidden), blocks keep that, the head gives logits (n, s, vocab).
-    ProfileError if the spec asks for what the bundled models do not have (experts, tied embeddings, ...).
+    ProfileError if the spec asks for what the bundled models do not have (experts, latent attention, ...). Tied
+    embeddings are one parameter where both layers are chosen; else see `tied_parameters`.
     """
     _check(architecture, spec)
     chosen = range(spec.num_layers + 2) if only is None else only
     if any(not 0 <= index < spec.num_layers + 2 for index in chosen):
         raise ValueError(f"only={only} reaches outside of the {spec.num_layers + 2} layers of {spec.name!r}")
-    return [_build_layer(architecture, spec, index, dtype, device, seed) for index in chosen]
+    layers = {index: _build_layer(architecture, spec, index, dtype, device, seed) for index in chosen}
+    if spec.tied_embeddings and {0, spec.num_layers + 1} <= layers.keys():
+        layers[spec.num_layers + 1].projection.weight = layers[0].tokens.weight  # type: ignore[union-attr]
+    return list(layers.values())
+
+
+def tied_parameters(spec: ModelSpec) -> tuple[tuple[tuple[int, str], tuple[int, str]], ...]:
+    """Pairs of (layer, parameter) that are one in this model: the token embedding and the head, or none."""
+    if not spec.tied_embeddings:
+        return ()
+    return (((0, "tokens.weight"), (spec.num_layers + 1, "projection.weight")),)
 
 
 def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
@@ -111,7 +122,6 @@ _TRAITS: dict[Architecture, dict[str, object]] = {
         "norm": "layernorm",
         "linear_bias": True,
         "qkv_bias": True,
-        "tied_embeddings": False,
         "moe": None,
         "latent_attention": None,
     },
@@ -120,7 +130,6 @@ _TRAITS: dict[Architecture, dict[str, object]] = {
         "learned_positions": False,
         "norm": "rmsnorm",
         "linear_bias": False,
-        "tied_embeddings": False,
         "moe": None,
         "latent_attention": None,
     },
