@@ -8,29 +8,38 @@ import math
 from planner.errors import PlanError
 from planner.layout import candidate_of
 from planner.memory import rank_memory
-from planner.plans import Certificate, Plan
+from planner.plans import Certificate, Plan, Prediction
 from planner.schedule.actions import Kind, Schedule
 from planner.schedule.simulation import simulate
 from planner.schedule.validation import check
+from planner.traffic import BYTES_OF
 from planner.verify import verify
+from profiles.model import BYTES_PER_ELEMENT
 
 
 def with_schedule(plan: Plan, schedule: Schedule) -> Plan:
     """`plan` running `schedule`, which has the plan's stages on the plan's ranks and its microbatches.
 
     Pipeline time, bubble and memory are those of the schedule on the plan's stage costs; what follows the pipeline
-    stays as it was. The certificate has the work of the busiest rank as its bound and says so. Parts of the step,
+    stays as it was. A bidirectional schedule takes one stage per rank, in order, and makes each rank hold the mirrored
+    rank's stage, too: memory and optimizer step are of both, data-parallel traffic counts twice, and the sum of
+    gradients between two ranks is estimated by the slowest boundary of the plan. The certificate has
+    the work of the busiest rank as its bound and says so. Parts of the step,
     alternatives and HFU, which belong to the old schedule, are dropped.
 
     ScheduleError when the schedule is not for this layout; PlanError when a rank's memory does not hold it, or it
     recomputes a stage whose costs are not told.
     """
     layout, old = plan.layout, plan.prediction
+    if schedule.num_replicas != layout.num_replicas:
+        plan, old = _with_replicas(plan, schedule.num_replicas)
+        layout = plan.layout
     check(
         schedule,
         num_stages=layout.num_stages,
         num_microbatches=layout.num_microbatches,
         rank_of_stage=layout.rank_of_stage,
+        num_replicas=layout.num_replicas,
     )
     for stage in {a.stage for actions in schedule.ranks for a in actions if a.kind is Kind.R}:
         if plan.stages[stage].recompute_us is None or plan.stages[stage].checkpoint_bytes is None:
@@ -50,6 +59,7 @@ def with_schedule(plan: Plan, schedule: Schedule) -> Plan:
             precision=plan.precision,
             peak_activation_bytes=math.ceil(timeline.peak_activation_bytes[rank]),
             capacity=before.capacity_bytes,
+            num_replicas=layout.num_replicas,
         )
         for rank, before in enumerate(old.memory)
     )
@@ -79,12 +89,37 @@ def with_schedule(plan: Plan, schedule: Schedule) -> Plan:
     return given
 
 
+def _with_replicas(plan: Plan, num_replicas: int) -> tuple[Plan, Prediction]:
+    """The plan with every stage on its mirrored rank, too, and what is then predicted after the pipeline."""
+    layout, old = plan.layout, plan.prediction
+    if num_replicas == 1 or layout.pp < 2 or layout.rank_of_stage != tuple(range(layout.pp)):
+        raise PlanError(
+            f"the schedule runs {num_replicas} replicas of the model, the plan {layout.num_replicas} with stages on "
+            f"ranks {list(layout.rank_of_stage)}; two replicas go into a plan of one replica with stage s on rank s"
+        )
+    pairs = list(zip(plan.stages, plan.stages[::-1], strict=True))
+    shards = layout.shard_degree if layout.zero_stage >= 1 else 1
+    us_per_byte = max(s.transfer_us / s.output_bytes for s in plan.stages[:-1] if s.output_bytes)
+    of_gradients = BYTES_OF[plan.precision.gradients] / BYTES_PER_ELEMENT[plan.precision.compute]
+    summing_us = max(one.parameter_bytes + other.parameter_bytes for one, other in pairs) * of_gradients * us_per_byte
+    given = plan.model_copy(update={"layout": layout.model_copy(update={"num_replicas": 2})})
+    return given, old.model_copy(
+        update={
+            "exposed_data_parallel_us": old.exposed_data_parallel_us * (2 if layout.dp > 1 else 1) + summing_us,
+            "optimizer_us": max(one.optimizer_us + other.optimizer_us for one, other in pairs) / shards,
+        }
+    )
+
+
 def _certificate(plan: Plan, step_us: float, pipeline_us: float) -> Certificate:
     """No order of any actions does with less than the work of the busiest rank."""
     work_us = [0.0] * plan.layout.pp
+    replicas = plan.layout.num_replicas
     for stage, rank in zip(plan.stages, plan.layout.rank_of_stage, strict=True):
         backward_us = min(stage.fused_backward_us, stage.backward_input_us + stage.backward_weight_us)
         work_us[rank] += plan.layout.num_microbatches * (stage.forward_us + backward_us)
+    if replicas == 2:  # each microbatch goes either way; half of them each is the least for the busier of two ranks
+        work_us = [(one + other) / 2 for one, other in zip(work_us, work_us[::-1], strict=True)]
     bound_us = min(max(work_us), pipeline_us)
     lower_us = step_us - pipeline_us + bound_us
     gap = (step_us - lower_us) / step_us

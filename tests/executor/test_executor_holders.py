@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from executor_cases import make_plan
 
+from planner.executor.launch import run_plan
 from planner.schedule.families import FAMILIES
+from profiles.measure.models import model_spec_for
 
 WORKER = Path(__file__).with_name("holders_worker.py")
 TWICE = [name for name, family in FAMILIES.items() if family.num_replicas == 2]
@@ -123,3 +127,25 @@ def test_every_family_with_every_number_of_microbatches_from_4_to_12(num_ranks, 
     assert len(found[0]) > 4 * 9 * 10
     assert_as_in_one_process(found)
     assert_one_everywhere(found)
+
+
+@pytest.mark.parametrize("family", ["1f1b", "dualpipe"])
+def test_a_bundled_model_with_tied_embeddings_runs_as_planned(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    untied = model_spec_for("gpt2", num_layers=2, hidden_size=16, num_heads=2, vocab_size=31, sequence_length=8)
+    plan = make_plan(
+        FAMILIES[family].generate(2, 4),
+        family=family,
+        layers_per_stage=[2, 2],
+        model=untied.model_copy(update={"tied_embeddings": True}),
+        architecture="gpt2",
+        sequence_length=8,
+    )
+    plan.save(tmp_path / "plan.json")
+    steps = []
+    report = run_plan(tmp_path / "plan.json", steps=3, device="cpu", check=True, on_progress=steps.append)
+    assert report.exactness is not None
+    assert report.exactness.worst_loss_relative_difference < 1e-10
+    assert report.exactness.gradient_relative_difference < 1e-10
+    assert [step.step for step in steps] == [0, 1, 2]
+    assert report.losses[-1] < report.losses[0]

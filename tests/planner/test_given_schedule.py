@@ -8,6 +8,7 @@ from planner import Plan, with_schedule
 from planner.api import plan
 from planner.errors import PlanError, ScheduleError
 from planner.schedule.actions import Schedule
+from planner.schedule.families import get_family
 from planner.schedule.simulation import simulate
 from planner.verify import verify
 
@@ -105,3 +106,39 @@ def test_the_plan_says_which_engine_its_times_are_of_and_what_w_computes(gpipe):
     assert gpipe.engine == "deferred-linear"
     for stage in gpipe.stages:
         assert 0.99 * stage.parameter_bytes < stage.deferred_parameter_bytes < stage.parameter_bytes  # all but norms
+
+
+def test_two_replicas_hold_two_stages_per_rank_and_the_plan_is_saved_loaded_and_verified(gpipe, tmp_path):
+    given = with_schedule(gpipe, get_family("dualpipe").generate(2, 4))
+    assert given.layout.num_replicas == 2
+    assert "x2" in given.layout.degrees
+    for rank, before in enumerate(gpipe.prediction.memory):
+        after = given.prediction.memory[rank]
+        both = before.weight_bytes + gpipe.prediction.memory[1 - rank].weight_bytes
+        assert (after.weight_bytes, after.gradient_bytes) == (both, 2 * both)  # bfloat16, and float32
+    updates_us = [stage.optimizer_us for stage in gpipe.stages]
+    assert given.prediction.optimizer_us == pytest.approx(sum(updates_us))
+    gradients = 2 * sum(stage.parameter_bytes for stage in gpipe.stages)
+    hop_us = gpipe.stages[0].transfer_us / gpipe.stages[0].output_bytes
+    after_us = gpipe.prediction.exposed_data_parallel_us + gradients * hop_us
+    assert given.prediction.exposed_data_parallel_us == pytest.approx(after_us)
+    given.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    verify(loaded)
+    assert loaded == given
+
+
+def test_a_plan_does_not_claim_other_replicas_than_its_schedule_runs(gpipe):
+    given = with_schedule(gpipe, get_family("gems").generate(2, 4))
+    alone = given.model_copy(update={"layout": given.layout.model_copy(update={"num_replicas": 1})})
+    with pytest.raises(ScheduleError, match=r"F1\.1: the placement puts stage 1 on rank 1"):
+        verify(alone)
+    twice = gpipe.model_copy(update={"layout": gpipe.layout.model_copy(update={"num_replicas": 2})})
+    with pytest.raises(ScheduleError, match="was to run two replicas, but it runs one"):
+        verify(twice)
+    with pytest.raises(PlanError, match=r"runs 1 replicas of the model, the plan 2 with stages on ranks \[0, 1\]"):
+        with_schedule(given, gpipe.parsed_schedule)
+    data = json.loads(given.model_dump_json(by_alias=True))
+    data["layout"]["rank_of_stage"] = [1, 0]
+    with pytest.raises(ValueError, match="num_replicas=2 needs pp of at least 2 and stage s on rank s"):
+        Plan.model_validate_json(json.dumps(data))
