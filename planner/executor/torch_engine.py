@@ -12,6 +12,7 @@ held to the end of a step, so a plan for little memory is not kept to. What torc
 with wrong gradients and no error, is refused here: `refuse_for_torch` for the plan, and the layers when they are built.
 """
 
+import gc
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,12 @@ class TorchPipeline(Pipeline):
             self.tracer.record("reduce", None, None, start, start)
         self._failed = False
         return loss
+
+    def close(self) -> None:
+        """As `Pipeline.close`. torch's stages hold the process group: at the interpreter's end it would be too late."""
+        self._runtime = None
+        gc.collect()
+        super().close()
 
     def _refuse_other_shape(self, what: str, rows: Tensor) -> None:
         first = self._shapes.setdefault(what, rows.shape)
