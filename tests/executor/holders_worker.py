@@ -49,7 +49,8 @@ def train_reference(plan: Plan, tied: bool, seed: int, steps: int) -> tuple[list
             each.append(loss.detach())
         losses.append(torch.stack(each).mean().item())
         if step == 0:
-            first = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False)}
+            copies = {p: p.grad.clone() for p in model.parameters()}
+            first = {n: copies[p] for n, p in model.named_parameters(remove_duplicate=False)}
         optimizer.step()
     return losses, first, model
 
@@ -83,6 +84,9 @@ def check(plan: Plan, *, tied: bool, seed: int = 1, modules: bool = False) -> Fo
         for name, parameter in pipe.named_parameters() if step == 0 else ():
             found["gradients"] = max(found["gradients"], _far(parameter.grad, gradients[name]))
         optimizer.step()
+        if step == 0:
+            squares = [gradient.square().sum() for gradient in {id(g): g for g in gradients.values()}.values()]
+            found["norm"] = abs(optimizer.last_grad_norm / torch.stack(squares).sum().sqrt().item() - 1)
     expected = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in pipe.named_parameters():
         found["parameters"] = max(found["parameters"], _far(parameter.detach(), expected[name].detach()))

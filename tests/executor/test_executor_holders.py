@@ -55,6 +55,7 @@ def assert_as_in_one_process(found: list[dict[str, dict]], *, dp: int = 1) -> No
                 assert case["loss"][0] == 0, where
             assert all(far < 1e-13 for far in case["loss"]), where  # after a step the last bits of weights may differ
             assert case["gradients"] < 1e-10, where
+            assert case["norm"] < 1e-12, where
             assert case["parameters"] < 1e-10, where
 
 
