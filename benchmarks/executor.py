@@ -34,7 +34,7 @@ from profiles.measure.models import model_spec_for
 from profiles.model import LayerGroup, LayerProfile, ModelProfile, Origin, Variant
 
 WORKER = Path(__file__).with_name("executor_worker.py")
-FAMILIES = {"1f1b": 1, "zb-h1": 1, "zb-v": 2, "auto": None}  # chunks per rank
+FAMILIES = {"1f1b": (1,), "zb-h1": (1,), "zb-v": (2,), "auto": (1, 2)}  # chunks per rank: more make stages too short
 talk, out = Console(stderr=True), Console(width=120)
 
 
@@ -50,9 +50,9 @@ class Part(StrEnum):
 def main(
     part: Annotated[list[Part] | None, typer.Option(help="Only these parts.")] = None,
     repeats: Annotated[int, typer.Option(min=2, help="Timed runs of overhead and backward.")] = 15,
-    rounds: Annotated[int, typer.Option(min=1, help="Trainings of each family in prediction.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Trainings of each family in prediction.")] = 2,
     steps: Annotated[int, typer.Option(min=4, help="Optimizer steps of each training.")] = 6,
-    num_blocks: Annotated[int, typer.Option(min=2, help="Blocks of the model in prediction.")] = 8,
+    num_blocks: Annotated[int, typer.Option(min=2, help="Blocks of the model in prediction.")] = 6,
     hidden_size: Annotated[int, typer.Option(min=64, help="Its width.")] = 256,
     global_batch_size: Annotated[int, typer.Option(min=8, help="Sequences per step in prediction.")] = 16,
     json_file: Annotated[Path | None, typer.Option("--json", help="Save every number here.")] = None,
@@ -98,6 +98,8 @@ def _launched(part: str, directory: Path, processes: int) -> list[dict[str, Any]
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            # Large blocks go back to the system when freed, so that resident memory is memory in use.
+            **({"MALLOC_MMAP_THRESHOLD_": str(2**20)} if part == "memory" else {}),
             "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
