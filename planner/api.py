@@ -11,7 +11,9 @@ from planner.placing import place_best, place_layout
 from planner.plans import WITHOUT_PINS, Plan, Precision, RecomputePlan
 from planner.pricing import PricedLayout
 from planner.questions import OnProgress, PlanArguments, Question, ask, check_time_limit
+from planner.schedule.families import FAMILIES
 from planner.search import SearchResult
+from planner.two_replicas import one_replica_arguments, with_two_replicas
 from planner.verify import verify
 from profiles.catalog import load_model_spec
 from profiles.cluster import Cluster
@@ -66,7 +68,8 @@ def plan(
     in which dtype, where `dtype` alone means the usual mixed precision; `gradient_dtype`, `master_weight_dtype` (or
     "none") and `optimizer_dtype` replace parts of that. `overlap`: whether data-parallel traffic runs beside the
     backward, by default with estimated profiles, as Megatron-LM and FSDP do it, and not with measured ones, as the
-    bundled executor does not. With `top`, the plan's alternatives are the next best layouts, `top` with its own.
+    bundled executor does not. A bidirectional family takes the best layout of 1F1B at the pp that is pinned
+    (`planner.two_replicas`). With `top`, the plan's alternatives are the next best layouts, `top` with its own.
 
     Raises CatalogError, FileError, LayoutError or ProfileError for bad input, and InfeasibleError when no layout fits.
     """
@@ -93,6 +96,11 @@ def plan(
         "excluded": excluded,
         "overlap": overlap,
     }
+    twice = FAMILIES.get(family)
+    if twice is not None and twice.num_replicas > 1:
+        once = one_replica_arguments(twice, dict(arguments))
+        found = plan(model, cluster, **once, time_limit_s=time_limit_s, seed=seed, command=command)
+        return with_two_replicas(found, twice)
     check_time_limit(time_limit_s)
     if not 0 <= top <= MAX_TOP:
         raise LayoutError(f"top {top}: give 0 to {MAX_TOP} layouts")

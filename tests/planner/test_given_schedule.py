@@ -6,7 +6,7 @@ import pytest
 
 from planner import Plan, with_schedule
 from planner.api import plan
-from planner.errors import PlanError, ScheduleError
+from planner.errors import InfeasibleError, LayoutError, PlanError, ScheduleError
 from planner.schedule.actions import Schedule
 from planner.schedule.families import get_family
 from planner.schedule.simulation import simulate
@@ -142,3 +142,26 @@ def test_a_plan_does_not_claim_other_replicas_than_its_schedule_runs(gpipe):
     data["layout"]["rank_of_stage"] = [1, 0]
     with pytest.raises(ValueError, match="num_replicas=2 needs pp of at least 2 and stage s on rank s"):
         Plan.model_validate_json(json.dumps(data))
+
+
+PINS = {"dp": 1, "tp": 1, "micro_batch_size": 1, "recompute": "none", "time_limit_s": 10}
+
+
+def test_a_bidirectional_family_is_planned_in_the_layout_of_1f1b():
+    given = plan("gpt2-xl", "1x2xa100-80gb", global_batch_size=8, pp=2, family="dualpipe", **PINS)
+    assert (given.family, given.layout.num_replicas) == ("dualpipe", 2)
+    assert given.parsed_schedule == get_family("dualpipe").generate(2, 8)
+    verify(given)
+    assert given.certificate.lower_bound_us <= given.prediction.step_time_us
+    assert "dualpipe" in str(given)
+
+
+def test_a_bidirectional_family_that_cannot_be_planned_says_why():
+    with pytest.raises(LayoutError, match="pin pp to one number of at least 2, and the layout of 1f1b is taken"):
+        plan("gpt2-xl", "1x2xa100-80gb", global_batch_size=8, family="gems", **PINS)
+    with pytest.raises(LayoutError, match="one stage per rank, not 2; choose 1"):
+        plan("gpt2-xl", "1x2xa100-80gb", global_batch_size=8, pp=2, virtual_stages=2, family="gems", **PINS)
+    with pytest.raises(LayoutError, match="even number of ranks and of microbatches, not 2 and 3"):
+        plan("gpt2-xl", "1x2xa100-80gb", global_batch_size=3, pp=2, family="dualpipe", **PINS)
+    with pytest.raises(InfeasibleError, match=r"in the best layout of 1f1b.* needs .* bytes and may use"):
+        plan("gpt2-xl", "1x2xv100-32gb", global_batch_size=4, pp=2, family="gems", dtype="float16", **PINS)
