@@ -1,5 +1,6 @@
 """What a user can ask for, as functions: each command of `pipewright` calls one of these."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ MAX_MICRO_BATCH = 10**5
 _MENDING_SHARE = 0.2  # of the time limit more, to find the nearest change where nothing fits
 _LEAST_MENDING_S = 2.0
 _PINNED_SHARE = 0.5  # of the time limit; what is left goes to the space without pins
+_SEARCH_SHARE = 0.97  # of the time limit; the rest puts the plan together
 
 
 def plan(
@@ -104,9 +106,18 @@ def plan(
     check_time_limit(time_limit_s)
     if not 0 <= top <= MAX_TOP:
         raise LayoutError(f"top {top}: give 0 to {MAX_TOP} layouts")
+    began = time.monotonic()
     question = ask(model, cluster, arguments)
     try:
-        return solve(question, top=top, time_limit_s=time_limit_s, seed=seed, command=command, on_progress=on_progress)
+        return solve(
+            question,
+            top=top,
+            time_limit_s=time_limit_s,
+            began=began,
+            seed=seed,
+            command=command,
+            on_progress=on_progress,
+        )
     except InfeasibleError as error:
         from planner.answers.mending import nearest_change  # which plans, too
 
@@ -125,21 +136,25 @@ def solve(
     time_limit_s: float,
     seed: int,
     command: str,
+    began: float | None = None,
     known: Sequence[PricedLayout] = (),
     on_progress: OnProgress = None,
 ) -> Plan:
-    """The plan for a question that was read; `known`: layouts of its space that are priced already."""
+    """The plan for a question that was read; `known`: layouts of its space that are priced already.
+
+    `began`: since when the time limit runs, by `time.monotonic`.
+    """
     pinned = question.is_pinned
+    spent_s = 0.0 if began is None else time.monotonic() - began
+    search_s = max(0.01, (time_limit_s - spent_s) * _SEARCH_SHARE)
     share = _PINNED_SHARE if pinned else 1.0
-    result = question.search(
-        time_limit_s * share, seed=seed, num_best=max(1, top), known=known, on_progress=on_progress
-    )
+    result = question.search(search_s * share, seed=seed, num_best=max(1, top), known=known, on_progress=on_progress)
     placed = place_best(question.pricer, result.ranked, seed=seed)
     beside = [("", priced) for priced in (next_best(result, top - 1) if top else runners_up(result)[:NUM_ALTERNATIVES])]
     free = None
     if pinned and not result.interrupted:
         free = question.search_without_pins(
-            max(0.01, time_limit_s - result.seconds), seed=seed, known=result.ranked, on_progress=on_progress
+            max(0.01, search_s - result.seconds), seed=seed, known=result.ranked, on_progress=on_progress
         )
         result.interrupted |= free.interrupted
         result.limited_by_time |= free.limited_by_time
