@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,10 @@ def _far(got: Tensor | None, expected: Tensor) -> float:
     return float(torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected))
 
 
-def numbers(num_ranks: int, *, every: bool) -> Iterator[tuple[str, int, int]]:
+def numbers(num_ranks: int, names: Iterable[str], *, every: bool) -> Iterator[tuple[str, int, int]]:
     """Families with microbatches and chunks they support: all of m = 4..12 and v up to 4, or the first two of each."""
-    for name, family in FAMILIES.items():
+    for name in names:
+        family = FAMILIES[name]
         fitting = [
             (m, v)
             for m, v in itertools.product(range(4, 13), (1, 2, 4) if every else (1, 2))
@@ -114,10 +115,10 @@ def numbers(num_ranks: int, *, every: bool) -> Iterator[tuple[str, int, int]]:
         yield from ((name, m, v) for m, v in (fitting if every else fitting[:1]))
 
 
-def families(num_ranks: int, *, every: bool = False) -> Found:
+def families(num_ranks: int, names: Iterable[str] = tuple(FAMILIES), *, every: bool = False) -> Found:
     found: Found = {}
     turns = itertools.cycle([(True, False), (False, True)])
-    for name, m, v in numbers(num_ranks, every=every):
+    for name, m, v in numbers(num_ranks, names, every=every):
         schedule = FAMILIES[name].generate(num_ranks, m, v)
         chosen = itertools.product((False, True), repeat=2) if every else (next(turns),)
         for tied, uneven in chosen:
@@ -187,9 +188,9 @@ def main(mode: str, directory: str) -> None:
     runs = {
         "two": {"families": families, "refusals": lambda _: refusals(), "without tags": without_tags},
         "four": {"families": families, "data parallel": lambda _: two_replicas(2, dp=2)},
-        "every": {"families": partial(families, every=True)},
     }
-    found = {name: run(ranks) for name, run in runs[mode].items()}
+    chosen = runs[mode] if mode in runs else {"families": partial(families, names=[mode], every=True)}  # one family
+    found = {name: run(ranks) for name, run in chosen.items()}
     Path(directory, f"found-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

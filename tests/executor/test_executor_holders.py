@@ -122,10 +122,11 @@ def test_what_holders_cannot_share_is_refused_on_every_rank(two):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_every_family_with_every_number_of_microbatches_from_4_to_12(num_ranks, tmp_path):
-    found = part_of(found_by(num_ranks, "every", tmp_path, timeout_s=900), "families")
-    assert len(found[0]) > 4 * 9 * 10
+def test_a_family_with_every_number_of_microbatches_from_4_to_12(num_ranks, family, tmp_path):
+    found = part_of(found_by(num_ranks, family, tmp_path, timeout_s=900), "families")
+    assert len(found[0]) >= 4
     assert_as_in_one_process(found)
     assert_one_everywhere(found)
 
