@@ -12,7 +12,7 @@ head_r be the time before rank r can start, and M the step time.
   − min(m · F_r, ρ · room_r) + e_r + o_r ≤ M with ρ the most F time per byte kept. Recomputing a layer frees its memory
   for other F, but adds as much work as F time that it lets in; a choice that costs less than it frees counts as not
   recomputed, with its smaller memory (`LayerFloor.kept_bytes`).
-- *Chain* and *memory × time*: see `StepFloor._chain_us` and `StepFloor._memory_us`.
+- *Chain*, *turn* and *memory × time*: see `StepFloor._chain_us`, `_turn_us` and `_memory_us`.
 
 `StepFloor.step_us` is the least M for which the layers can be dealt to the ranks within these limits. With one chunk
 per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never hurts those behind.
@@ -72,7 +72,7 @@ class StepFloor:
 
     def step_us(self, *, splits_backward: bool) -> float:
         """The bound on the whole step; `splits_backward` if any order may run B and W apart."""
-        low = max(self.quick_us, self._memory_us() + self.traffic.fixed_us)
+        low = max(self.quick_us, max(self._turn_us(), self._memory_us()) + self.traffic.fixed_us)
         if self.candidate.pp == 1:
             return low
         low = max(low, self._chain_us(splits_backward) + self.traffic.fixed_us)
@@ -168,6 +168,27 @@ class StepFloor:
         ends = zip(pairwise(self._forward), pairwise(back), strict=True)
         passing = (f0 + b0 + self._m * (f1 - f0 + b1 - b0) for (f0, f1), (b0, b1) in ends)
         return max(through_us, *passing)
+
+    def _turn_us(self) -> float:
+        """When one microbatch has passed all layers and is about to come back, every layer holds it.
+
+        So all layers together keep no more than the room, at the cost of recomputing: the layers that free most memory
+        for their time first, the last one in part.
+        """
+        work = sum(layer.hull[0][0] for layer in self.layers)
+        over = sum(layer.hull[0][1] for layer in self.layers) - self.room_bytes
+        pieces = [
+            ((more - work_us) / (held - less), held - less)
+            for layer in self.layers
+            for (work_us, held), (more, less) in pairwise(layer.hull)
+        ]
+        for us_per_byte, saved in sorted(pieces):
+            if over <= 0:
+                break
+            work += us_per_byte * min(over, saved)
+            over -= saved
+        after_us = self._after_us(self.totals) / self.candidate.pp if self._alike else 0.0
+        return self._m * work / sum(self.speeds) + after_us
 
     def _memory_us(self) -> float:
         """Bytes × lifetime of all microbatches fit in the room × makespan, at the cost of recomputing what does not.

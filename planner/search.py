@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
+from itertools import islice
 
 from planner.candidate_costs import Job
 from planner.cutting import Cut
@@ -31,11 +32,12 @@ from solvers.status import Status
 SOLVER_ACTION_LIMIT = 40_000  # beyond this many actions only the fixed families are tried
 NUM_RUNNERS_UP = 5  # other layouts that are priced, if there are any, though they cannot win
 NUM_POLISHED = 2  # best candidates that get a solver-made schedule
-_PRICING_SHARE = 0.5  # of the time limit; what is left goes to solver-made orders, second tries, then the best few
-_ORDERING_SHARE = 0.7
+_PRICING_SHARE = 0.6  # of the time limit; what is left goes to solver-made orders, second tries, then the best few
+_ORDERING_SHARE = 0.72
 _SECOND_TRY_SHARE = 0.75
 _POLISH_SHARE = 0.93
 _NUM_FIRST = 6  # candidates that are priced before anything else
+_NUM_WITHOUT_PIPELINE = 50  # these, too: they are priced in no time
 _ORDER_S = 2.0  # for one solver-made order of an open candidate
 _EARLY_ORDERING_SHARE = 0.25  # of the time limit may go to orders of candidates as soon as they are priced
 _QUICK_MIXING_OPS = 500_000
@@ -259,13 +261,17 @@ class _Search:
         """A first answer, so that most candidates need no floor but the quick one.
 
         Of each (tp, cp, pp) what people would take: most microbatches, ZeRO 1, most chunks; of these, least floors.
+        Then what has no pipeline.
         """
         usual: dict[tuple[int, int, int], _Node] = {}
         for *_, node in sorted(self.queue, key=lambda entry: (_unusual(entry[-1].candidate), entry[2])):
             c = node.candidate
             usual.setdefault((c.tp, c.cp, c.pp), node)
+        first = sorted(usual.values(), key=lambda node: node.floor_us)[:_NUM_FIRST]
+        without_pipeline = (node for *_, node in sorted(self.queue, key=lambda e: e[:3]) if node.candidate.pp == 1)
+        first += [node for node in islice(without_pipeline, _NUM_WITHOUT_PIPELINE) if node not in first]
         outcomes = {}
-        for node in sorted(usual.values(), key=lambda node: node.floor_us)[:_NUM_FIRST]:
+        for node in first:
             outcomes[node] = self._price_families(node)
             self._report("pricing layouts")
         return outcomes
