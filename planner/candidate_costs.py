@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from planner.cost import least_work_us, slowest_group, smallest_device
+from planner.cost import least_back_us, least_work_us, slowest_group, smallest_device
 from planner.floor import LayerFloor, StepFloor, total
 from planner.layout import Candidate
 from planner.memory import bucket_bytes, buffer_bytes, capacity_bytes, model_state_bytes
@@ -319,8 +319,10 @@ def _layer_floors(options: LayerOptions, dtype: Dtype, states: Mapping[int, int]
             experts = base.expert_parameter_bytes / size
             made[key] = LayerFloor(
                 forward_us=min(layer.forward_us for layer in same),
+                most_forward_us=max(layer.forward_us for layer in same),
                 backward_us=min(min(layer.backward_input_us, layer.fused_backward_us) for layer in same),
                 fused_us=min(layer.fused_backward_us for layer in same),
+                back_us=min(map(least_back_us, same)),
                 work_us=min(map(least_work_us, same)),
                 dense_parameters=base.parameter_bytes / size - experts,
                 expert_parameters=experts,
@@ -335,12 +337,12 @@ def _layer_floors(options: LayerOptions, dtype: Dtype, states: Mapping[int, int]
 
 def _kept_bytes(same: Sequence[LayerProfile]) -> float:
     """The least a layer keeps under choices that save a larger share of its memory than of its F they repeat."""
-    base = same[0]
+    base, most_us = same[0], max(layer.forward_us for layer in same)
     least = float(base.activation_bytes)
     for layer in same[1:]:
         saved = 1 - layer.activation_bytes / base.activation_bytes if base.activation_bytes else 0.0
         more_us = least_work_us(layer) - least_work_us(base)
-        if more_us < saved * base.forward_us * (1 - 1e-9):
+        if more_us < saved * most_us * (1 - 1e-9):
             least = min(least, layer.activation_bytes)
     return least
 

@@ -95,4 +95,9 @@ def after_us(
 
 def least_work_us(layer: LayerProfile) -> float:
     """F and the backward, in one piece or apart."""
-    return layer.forward_us + min(layer.fused_backward_us, layer.backward_input_us + layer.backward_weight_us)
+    return layer.forward_us + least_back_us(layer)
+
+
+def least_back_us(layer: LayerProfile) -> float:
+    """The backward, in one piece or apart."""
+    return min(layer.fused_backward_us, layer.backward_input_us + layer.backward_weight_us)

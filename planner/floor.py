@@ -9,13 +9,16 @@ head_r be the time before rank r can start, and M the step time.
   layers before: head_r + m · (F + B)_r + tail_r ≤ M. Where the backward is in one piece, W is part of B.
 - *First gradient.* No B runs on rank r before one microbatch has passed all layers and come back to the rank: at
   wait_r = all F + the B of the layers behind. Until then only F can run, no more than memory holds: wait_r + m · work_r
-  − min(m · F_r, ρ · room_r) + e_r + o_r ≤ M with ρ the most F time per byte kept. Recomputing a layer frees its memory
+  − min(m · F_r, ρ · room_r) + e_r + o_r ≤ M with ρ the most F time per byte that a block keeps; F of embedding and head
+  may all run, since they may keep next to nothing. Recomputing a layer frees its memory
   for other F, but adds as much work as F time that it lets in; a choice that costs less than it frees counts as not
   recomputed, with its smaller memory (`LayerFloor.kept_bytes`).
 - *Chain*, *turn* and *memory × time*: see `StepFloor._chain_us`, `_turn_us` and `_memory_us`.
 
 `StepFloor.step_us` is the least M for which the layers can be dealt to the ranks within these limits. With one chunk
-per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never hurts those behind.
+per rank, ranks take consecutive layers, and giving each as many as fit is best: a later cut never hurts those behind,
+as a layer adds more where it is than the ranks behind wait for it. Where e_r hides so much that this may not be so (one
+microbatch), e_r and o_r are left out.
 With several chunks, the k-th rank that is entered waits for at least k layers, the k-th that gets a gradient likewise,
 and ranks are only asked to hold all blocks between them, in whole ones; pairing both orders is the best case, as
 Σ min(a_k, b_k) is largest when both are sorted alike. A microbatch crosses between ranks v · (p − 1) times at least on
@@ -38,9 +41,11 @@ class LayerFloor(NamedTuple):
     """The least a layer can cost, over its choices of recomputation and over devices; or the sum over layers."""
 
     forward_us: float
+    most_forward_us: float  # the largest, over the same
     backward_us: float  # until the gradient leaves it: B, or the fused backward if that is less
     fused_us: float  # fused backward
-    work_us: float  # F and backward, split or fused, whichever is less
+    back_us: float  # backward, split or fused, whichever is less
+    work_us: float  # F and that
     dense_parameters: float
     expert_parameters: float
     optimizer_us: float
@@ -138,12 +143,18 @@ class StepFloor:
 
     @cached_property
     def _load(self) -> list[float] | None:
-        load = self._sums(lambda layer: self._m * layer.work_us + self._after_us(layer))
-        return load if self._alike and all(a <= b for a, b in pairwise(load)) else None
+        """m · work + what follows; None where a layer may hide more than it adds, for then fewer may not be better."""
+        if not self._alike or any(self._m * x.back_us + self._after_us(x) < x.backward_us for x in self.layers):
+            return None
+        return self._sums(lambda layer: self._m * layer.work_us + self._after_us(layer))
 
     @cached_property
     def _passing(self) -> list[float]:
         return self._sums(lambda layer: self._m * (layer.forward_us + layer.backward_us))
+
+    @cached_property
+    def _passing_fused(self) -> list[float]:
+        return self._sums(lambda layer: self._m * (layer.forward_us + layer.fused_us))
 
     @cached_property
     def _states(self) -> list[float]:
@@ -152,7 +163,8 @@ class StepFloor:
     @cached_property
     def _forward_us_per_byte(self) -> float:
         """ρ: the most F time that a byte of memory lets in before the first B; infinite where nothing is kept."""
-        rates = (layer.forward_us / layer.kept_bytes if layer.kept_bytes else math.inf for layer in self.layers[1:-1])
+        blocks = self.layers[1:-1]
+        rates = (layer.most_forward_us / layer.kept_bytes if layer.kept_bytes else math.inf for layer in blocks)
         return max(rates, default=math.inf)
 
     # bounds of all ranks together
@@ -173,9 +185,9 @@ class StepFloor:
         """When one microbatch has passed all layers and is about to come back, every layer holds it.
 
         So all layers together keep no more than the room, at the cost of recomputing: the layers that free most memory
-        for their time first, the last one in part.
+        for their time first, the last one in part. What the last microbatch repeats may hide traffic.
         """
-        work = sum(layer.hull[0][0] for layer in self.layers)
+        work, again = sum(layer.hull[0][0] for layer in self.layers), 0.0
         over = sum(layer.hull[0][1] for layer in self.layers) - self.room_bytes
         pieces = [
             ((more - work_us) / (held - less), held - less)
@@ -185,10 +197,13 @@ class StepFloor:
         for us_per_byte, saved in sorted(pieces):
             if over <= 0:
                 break
-            work += us_per_byte * min(over, saved)
+            again += us_per_byte * min(over, saved)
             over -= saved
-        after_us = self._after_us(self.totals) / self.candidate.pp if self._alike else 0.0
-        return self._m * work / sum(self.speeds) + after_us
+        in_all_us = self._m * (work + again)
+        if self._alike:
+            hiding = 0.0 if self._mostly_hidden else self.traffic.hidden_backward_share
+            in_all_us += self._after_us(self.totals) - hiding * again
+        return in_all_us / sum(self.speeds)
 
     def _memory_us(self) -> float:
         """Bytes × lifetime of all microbatches fit in the room × makespan, at the cost of recomputing what does not.
@@ -219,13 +234,13 @@ class StepFloor:
     # dealing layers to ranks before a deadline, less what is fixed
 
     def _deals_chain(self, left: float, splits_backward: bool) -> bool:
-        cut, last, back = 0, len(self.layers), self._inward if splits_backward else self._fused
+        cut, last = 0, len(self.layers)
+        back, passing = (self._inward, self._passing) if splits_backward else (self._fused, self._passing_fused)
         for rank, speed in enumerate(self.speeds):
             hops = rank * self.hop_us
             head, tail = self._forward[cut] + hops, back[cut] + hops
-            ends = [bisect_right(self._passing, self._passing[cut] + (left - head - tail) * speed)]
-            work_left = left - head - (0.0 if splits_backward else tail)
-            ends.append(bisect_right(self._work, self._work[cut] + work_left * speed))
+            ends = [bisect_right(passing, passing[cut] + (left - head - tail) * speed)]
+            ends.append(bisect_right(self._work, self._work[cut] + (left - head) * speed))
             if self._load is not None:
                 ends.append(bisect_right(self._load, self._load[cut] + left - head))
             if self._alike:
@@ -247,34 +262,36 @@ class StepFloor:
 
     @cached_property
     def _gradient_sums(self) -> tuple[list[float], list[float] | None]:
-        """m · (work − F) + after − B, m · work + after + ρ · states − B: summed from the front; neither descends."""
+        """m · back + after − B, m · work + after + ρ · states − B: summed from the front; neither descends.
+
+        Of embedding and head the second is without F, as all of it may run before the first B.
+        """
         m, rate = self._m, self._forward_us_per_byte
         after_us = self._after_us if self._load is not None else _nothing
 
         def whole_us(layer: LayerFloor) -> float:
-            return max(0.0, m * (layer.work_us - layer.forward_us) + after_us(layer) - layer.backward_us)
+            return m * layer.back_us + after_us(layer) - layer.backward_us
 
         def held_us(layer: LayerFloor) -> float:
-            return max(0.0, m * layer.work_us + after_us(layer) + rate * layer.state_bytes - layer.backward_us)
+            return m * layer.work_us + after_us(layer) + rate * layer.state_bytes - layer.backward_us
 
+        whole = list(map(whole_us, self.layers))
+        held = [whole[0], *map(held_us, self.layers[1:-1]), whole[-1]]
         in_memory = math.isfinite(rate) and math.isfinite(self.capacity_bytes)
-        return self._sums(whole_us), self._sums(held_us) if in_memory else None
+        return _running(whole), _running(held) if in_memory else None
 
     @cached_property
-    def _least_block(self) -> tuple[LayerFloor, float, float]:
-        """The least of everything over the blocks; of what follows the last backward; of m · (work − F)."""
+    def _least_block(self) -> tuple[LayerFloor, float]:
+        """The least of everything over the blocks, and of what follows their last backward."""
         blocks = self.layers[1:-1]
-        after_us = max(0.0, min(map(self._after_us, blocks)))
-        return _least(blocks), after_us, self._m * min(layer.work_us - layer.forward_us for layer in blocks)
+        return _least(blocks), 0.0 if self._load is None else max(0.0, min(map(self._after_us, blocks)))
 
     def _deals_chunks(self, left: float, splits_backward: bool) -> bool:
         """Whether the ranks can hold all blocks between them, each as many whole ones as its time allows."""
         m, num_blocks = self._m, len(self.layers) - 2
         if num_blocks < 1:
             return True
-        least, after_us, after_forward_us = self._least_block
-        if not self._alike:
-            after_us = 0.0
+        least, after_us = self._least_block
         each_us = m * least.work_us + after_us
         head_us = least.forward_us + self.hop_us
         tail_us = (least.backward_us if splits_backward else least.fused_us) + self.hop_us
@@ -289,7 +306,7 @@ class StepFloor:
             most = min(room / each_us, (left - before * (head_us + tail_us)) * speed / passed_us)
             if self._alike:
                 waited = left - wait_us - before * tail_us
-                after_wait_us = after_forward_us + after_us
+                after_wait_us = m * least.back_us + after_us
                 most = min(most, waited / after_wait_us if after_wait_us > 0 else math.inf)
                 if in_memory:
                     kept = waited + rate * self.capacity_bytes

@@ -166,9 +166,17 @@ class Pricer(Cutter):
         )
 
     def activation_room(self, cut: Cut) -> list[int]:
-        """Bytes that every rank has left for activations, shape (p,); negative where the model states overflow."""
-        empty = self.memory(cut, [0.0] * cut.candidate.pp)
-        return [fixed.capacity_bytes - fixed.total_bytes for fixed in empty]
+        """Bytes that every rank has left for activations, shape (p,); negative where it overflows without any.
+
+        Gradients that the optimizer copies take none of it: by then activations are gone.
+        """
+        rooms = []
+        for rank, empty in enumerate(self.memory(cut, [0.0] * cut.candidate.pp)):
+            room = empty.capacity_bytes - empty.total_bytes
+            if room >= 0:
+                room += empty.temporary_bytes - max(stage.temporary_bytes for stage in cut.hosted(rank))
+            rooms.append(room)
+        return rooms
 
     def solve_order(
         self, cut: Cut, *, solver: str, time_limit_s: float, seed: int, mixing_ops: int = MAX_OPS

@@ -157,6 +157,65 @@ def test_nothing_that_fits_is_under_its_floor_or_the_bound_and_the_answer_is_nea
     assert outcomes == found.num_candidates
 
 
+NASTY = {  # name: (layers, cluster, batch, bytes per µs of the links, memory)
+    "traffic of the embedding hides behind blocks": (
+        [(1, 1, 0, 40, 1, 0), (30, 30, 30, 1, 10, 0), (30, 30, 30, 1, 10, 0), (1, 1, 0, 1, 1, 0)],
+        (2, 2),
+        2,
+        1,
+        [10**6],
+    ),
+    "an embedding that computes much and keeps little": (
+        [(40, 1, 1, 1, 1, 0), (5, 5, 5, 1, 40, 0), (5, 5, 5, 1, 40, 0), (1, 1, 1, 1, 1, 0)],
+        (1, 2),
+        4,
+        10**6,
+        range(160, 280, 20),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_the_floor_holds_where_the_ends_of_the_model_are_unlike_its_blocks(name, monkeypatch):
+    layers, shape, batch, bytes_per_us, memories = NASTY[name]
+    link = Link(bandwidth_bytes_per_s=1e6 * bytes_per_us, latency_us=0.0)
+    for constant in ("FAST", "SLOW"):
+        monkeypatch.setitem(cluster.__globals__, constant, link)
+    compared = 0
+    for memory in memories:
+        machines = cluster(*shape, memory)
+        job = job_of(profile(layers, (1,), ("none",)), machines, batch, overlaps=True)
+        pricer = Pricer(job)
+        space = enumerate_space(Dimensions(job.profile.model, machines, batch, 8, len(layers), (1,)), Pins(cp=1))
+        for candidate in space.candidates:
+            floor = pricer.floor(candidate)
+            for splits, step_us in orders(pricer, candidate, "auto"):
+                compared += 1
+                assert step_us >= floor.step_us(splits_backward=splits) * (1 - 1e-9), f"{candidate} takes {step_us}"
+    assert compared > 20
+
+
+def test_bounds_on_orders_count_no_copied_gradients_while_activations_are_there():
+    layers = [(1, 1, 1, 5, 4, 0), *[(5, 6, 4, 5, 30, 3)] * 2, (3, 3, 3, 5, 8, 4)]
+    precision = Precision(compute="float32", gradients="float32", master_weights="float64", optimizer="float64")
+    compared = 0
+    for memory in range(300, 700, 10):
+        machines = cluster(1, 2, memory)
+        job = Job((profile(layers, (1,), ("none",)),), machines, 8, 8, precision)
+        pricer = Pricer(job)
+        space = enumerate_space(Dimensions(job.profile.model, machines, 8, 8, 4, (1,)), Pins(pp=2, cp=1))
+        for candidate in space.candidates:
+            if candidate.virtual_stages > 1:
+                continue
+            cut = pricer.cut(candidate, (2,), (0, 1))
+            for family in ("gpipe", "1f1b", "zb-h1"):
+                priced = pricer.price_order(cut, FAMILIES[family])
+                if priced.fits:
+                    compared += 1
+                    assert pricer.least_step_us(cut) <= priced.step_us * (1 + 1e-9), (memory, candidate, family)
+    assert compared > 20
+
+
 def test_orders_made_by_solvers_are_not_under_the_floor_of_tight_memory():
     layers = [(1, 1, 1, 2, 4, 0), *[(5, 6, 4, 5, 30, 9)] * 6, (3, 3, 3, 2, 8, 4)]
     for memory in (250, 300, 400, 800):
