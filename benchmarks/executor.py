@@ -4,7 +4,7 @@
     python benchmarks/executor.py --part overhead --part backward --repeats 5
 
 overhead: wall and thread-CPU µs per compute action; tiny stages, 2 processes, m 64. memory: peak of a process in
-boundary tensors, for growing m. backward: thread CPU of B and W against BW on one transformer block, and bytes held.
+boundary tensors, for growing m. backward: thread CPU of B and W against BW on transformer blocks, and bytes held.
 prediction: profiled here beside a busy process, planned, trained: the step as measured against predicted for stages of
 at least 20 ms; and as predicted from a profile measured alone, and from the times of the run itself. Everything in
 turns, so that noise of the machine meets all alike.
@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from executor_worker import split_ratio
 from rich.console import Console
 from rich.table import Table
 
@@ -177,18 +178,31 @@ def _memory(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _split(found: dict[str, Any]) -> dict[str, Any]:
-    table = Table(title="Split backward of one GPT-2 block (hidden 256, 2 × 256 tokens, float32)", box=None)
-    for name in ("", "B, ms", "W, ms", "(B + W) / BW, min", "median", "MiB after F", "after B", "after W"):
+    table = Table(title="Split backward of one block, thread CPU (2 × 256 tokens, float32)", box=None)
+    for name in (
+        "",
+        "",
+        "B, ms",
+        "W, ms",
+        "BW, ms",
+        "(B + W) / BW, min",
+        "median",
+        "MiB after F",
+        "after B",
+        "after W",
+    ):
         table.add_column(name, justify="right" if name else "left")
-    times = found["times_us"]
-    fused = times["BW"]
-    table.add_row("fused", f"{min(fused) / 1e3:.2f} (BW)", *[""] * 6)
-    for who in ("ours", "torch's"):
-        b, w = times[f"B, {who}"], times[f"W, {who}"]
-        least = (min(b) + min(w)) / min(fused)
-        middle = statistics.median((x + y) / z for x, y, z in zip(b, w, fused, strict=True))
-        held = [f"{found[f'bytes, {who}'][phase] / 2**20:.2f}" for phase in "FBW"]
-        table.add_row(who, f"{min(b) / 1e3:.2f}", f"{min(w) / 1e3:.2f}", f"{least:.3f}", f"{middle:.3f}", *held)
+    for block, of_block in found.items():
+        times = of_block["times_us"]
+        fused = times["BW"]
+        for way in ("ours", "torch's"):
+            if f"B, {way}" not in times:
+                continue
+            b, w = times[f"B, {way}"], times[f"W, {way}"]
+            middle = statistics.median((x + y) / z for x, y, z in zip(b, w, fused, strict=True))
+            held = [f"{of_block[f'bytes, {way}'][phase] / 2**20:.2f}" for phase in "FBW"]
+            least = [f"{min(samples) / 1e3:.2f}" for samples in (b, w, fused)]
+            table.add_row(block, way, *least, f"{split_ratio(times, way):.3f}", f"{middle:.3f}", *held)
     out.print(table)
     return found
 

@@ -7,8 +7,9 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,18 @@ from planner.executor import Pipeline
 from planner.executor.torch_engine import TorchPipeline, torch_backward_input, torch_backward_weight
 from planner.plans import Plan
 from profiles.measure.memory import recording_memory
-from profiles.measure.models import build_layers, model_spec_for
+from profiles.measure.models import Architecture, build_layers, model_spec_for
+from profiles.measure.recompute import call_with_recompute
 from profiles.measure.split_backward import WeightGradStore, deferring
 
 ROWS, WIDTH = 4, 16  # of the tiny boundary tensor
 BOUNDARY_BYTES = 8 * 2**20  # of the large one
+BLOCKS: dict[str, tuple[Architecture, int, bool]] = {  # architecture, width, whether it is recomputed
+    "GPT-2, width 256": ("gpt2", 256, False),
+    "GPT-2, width 512": ("gpt2", 512, False),
+    "Llama, width 512": ("llama", 512, False),
+    "GPT-2, width 512, recomputed": ("gpt2", 512, True),
+}
 Found = dict[str, Any]
 Step = Callable[[], object]
 
@@ -188,11 +196,28 @@ def _resident_bytes(name: str) -> int:
 
 
 def split(repeats: int) -> Found:
-    """One transformer block: thread CPU of BW, and of B and W apart, our way and torch's; bytes after each."""
+    """Of each of `BLOCKS`: thread CPU of BW, and of B and W apart, our way and torch's; bytes after each."""
     torch.set_num_threads(1)
-    spec = model_spec_for("gpt2", num_layers=1, hidden_size=256, num_heads=4, vocab_size=64, sequence_length=256)
-    (block,) = build_layers("gpt2", spec, dtype=torch.float32, device="cpu", seed=0, only=range(1, 2))
-    x, dy = torch.rand(2, 256, 256), torch.rand(2, 256, 256)
+    return {name: split_block(*block, repeats=repeats) for name, block in BLOCKS.items()}
+
+
+def split_block(architecture: Architecture, hidden_size: int, recompute: bool, *, repeats: int) -> Found:
+    """One block of a bundled model, heads of 64, 2 × 256 tokens, float32; gradients are there from warm-ups on."""
+    spec = model_spec_for(
+        architecture,
+        num_layers=1,
+        hidden_size=hidden_size,
+        num_heads=hidden_size // 64,
+        vocab_size=64,
+        sequence_length=256,
+    )
+    (block,) = build_layers(architecture, spec, dtype=torch.float32, device="cpu", seed=0, only=range(1, 2))
+    x, dy = torch.rand(2, 256, hidden_size), torch.rand(2, 256, hidden_size)
+    forward = partial(call_with_recompute, block) if recompute else block
+    # torch's walk from the output to the input finds no path through a recomputed block.
+    ways = [_Whole(block, forward, dy), _Ours(block, forward, dy)]
+    if not recompute:
+        ways.append(_Torchs(block, forward, dy))
     times: dict[str, list[float]] = {}
 
     @contextmanager
@@ -202,49 +227,75 @@ def split(repeats: int) -> Found:
         times.setdefault(name, []).append((time.thread_time_ns() - start) / 1e3)
 
     for _ in range(repeats + 2):
-        output = block(x.clone().requires_grad_())
-        with timed("BW"):
-            torch.autograd.backward(output, dy)
-        store = WeightGradStore()
-        with deferring(store):
-            output = block(x.clone().requires_grad_())
-        with timed("B, ours"):
-            torch.autograd.backward(output, dy)
-        with timed("W, ours"):
-            store.run()
-        leaf = x.clone().requires_grad_()
-        output = block(leaf)
-        with timed("B, torch's"):
-            _, groups = torch_backward_input([output], [dy], [leaf], block.parameters())
-        with timed("W, torch's"):
-            torch_backward_weight(block.parameters(), groups)
-        del output, groups
+        for way in ways:
+            way.run(x, timed)
     found: Found = {"times_us": {name: samples[2:] for name, samples in times.items()}}
-    device = torch.device("cpu")
-    for who in ("ours", "torch's"):
-        leaf, store, groups = x.clone().requires_grad_(), WeightGradStore(), None
-        with recording_memory(device) as recorded:
-            with recorded.phase("F"):
-                if who == "ours":
-                    with deferring(store):
-                        output = block(leaf)
-                else:
-                    output = block(leaf)
-            with recorded.phase("B"):
-                if who == "ours":
-                    torch.autograd.backward(output, dy)
-                else:
-                    _, groups = torch_backward_input([output], [dy], [leaf], block.parameters())
-                del output
-            with recorded.phase("W"):
-                if who == "ours":
-                    store.run()
-                else:
-                    torch_backward_weight(block.parameters(), groups)
-                    del groups
+    for way in ways[1:]:
+        with recording_memory(torch.device("cpu")) as recorded:
+            way.run(x, lambda name: recorded.phase(name[0]))
         start = recorded.phases["F"].start_bytes
-        found[f"bytes, {who}"] = {name: phase.end_bytes - start for name, phase in recorded.phases.items()}
+        found[f"bytes, {way.name}"] = {name: phase.end_bytes - start for name, phase in recorded.phases.items()}
     return found
+
+
+class _Way:
+    """A way of running F and the backward; `phase` is entered around each of F, B, W and BW."""
+
+    name = ""
+
+    def __init__(self, block: nn.Module, forward: Callable[[Tensor], Tensor], dy: Tensor) -> None:
+        self.block, self.forward, self.dy = block, forward, dy
+
+    def run(self, x: Tensor, phase: Callable[[str], AbstractContextManager[object]]) -> None:
+        raise NotImplementedError
+
+
+class _Whole(_Way):
+    """BW of plain torch."""
+
+    def run(self, x: Tensor, phase: Callable[[str], AbstractContextManager[object]]) -> None:
+        with phase("F, whole"):
+            output = self.forward(x.clone().requires_grad_())
+        with phase("BW"):
+            torch.autograd.backward(output, self.dy)
+
+
+class _Ours(_Way):
+    """B and W as profiles measure them and the executor runs them."""
+
+    name = "ours"
+
+    def run(self, x: Tensor, phase: Callable[[str], AbstractContextManager[object]]) -> None:
+        leaf, store = x.clone().requires_grad_(), WeightGradStore()
+        with phase("F, ours"), deferring(store):
+            output = self.forward(leaf)
+        with phase("B, ours"):
+            torch.autograd.backward(output, self.dy)
+            del output
+        with phase("W, ours"):
+            store.run()
+
+
+class _Torchs(_Way):
+    """B and W of torch.distributed.pipelining."""
+
+    name = "torch's"
+
+    def run(self, x: Tensor, phase: Callable[[str], AbstractContextManager[object]]) -> None:
+        leaf = x.clone().requires_grad_()
+        with phase("F, torch's"):
+            output = self.forward(leaf)
+        with phase("B, torch's"):
+            _, groups = torch_backward_input([output], [self.dy], [leaf], self.block.parameters())
+            del output
+        with phase("W, torch's"):
+            torch_backward_weight(self.block.parameters(), groups)
+            del groups
+
+
+def split_ratio(times_us: Mapping[str, Sequence[float]], way: str) -> float:
+    """(B + W) / BW of the least times: 1 costs nothing."""
+    return (min(times_us[f"B, {way}"]) + min(times_us[f"W, {way}"])) / min(times_us["BW"])
 
 
 def main(part: str, directory: Path) -> None:
