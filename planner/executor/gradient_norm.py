@@ -170,5 +170,6 @@ def _own_group(groups: Groups, layout: Layout, timeout: timedelta) -> dist.Proce
         if groups.coordinates.global_rank in ranks:
             own = group
     assert own is not None
-    dist.all_reduce(torch.zeros(1, device=groups.device), group=own)  # connected, as batched transfers need it
+    with telling_lost_peers("the gradient norm"):
+        dist.all_reduce(torch.zeros(1, device=groups.device), group=own)  # connected, as batched transfers need it
     return own

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from planner.executor.gradient_norm import Decision, GradientNorm, Rule
 from planner.executor.groups import Groups
 from planner.executor.rollback import OverwrittenState, StepSettings
+from planner.executor.transport import LostPeerError, first_sentence, tells_of_lost_peer
 from planner.plans import Layout
 
 
@@ -89,7 +90,7 @@ class PipelineOptimizer(Optimizer):
         self._must_restart = False
         held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self._rule == Rule(None, skip_nonfinite=False):
-            self.inner.step()
+            self._update()
             return
         mine = self._norm.local(p for p in held if self._is_counted(p))
         if not self._post_validation:
@@ -111,10 +112,19 @@ class PipelineOptimizer(Optimizer):
         overwritten = None
         if decision is Decision.UPDATE:
             overwritten = OverwrittenState(self.inner, held)
-            self.inner.step()
+            self._update()
             settings.step_done()
         gradients = [(p, p.grad) for p in held if p.grad is not None]
         self._unvalidated = _Unvalidated(decision, gradients, settings, overwritten)
+
+    def _update(self) -> None:
+        """The inner optimizer's step. LostPeerError where it shares its state with a process that is gone (ZeRO 1)."""
+        try:
+            self.inner.step()
+        except RuntimeError as error:
+            if not tells_of_lost_peer(error):
+                raise
+            raise LostPeerError(f"the optimizer's step broke: {first_sentence(error)}") from None
 
     def validate(self) -> None:
         """Make this process's parameters right, if a step has been made whose norm was not yet known.
@@ -155,7 +165,7 @@ class PipelineOptimizer(Optimizer):
             assert self._rule.max_norm is not None
             norm = torch.tensor(self.last_grad_norm, dtype=torch.float64, device=self._device)
             nn.utils.clip_grads_with_norm_(held, self._rule.max_norm, norm)
-        self.inner.step()
+        self._update()
 
     def _compare(self, total: float, first: float) -> None:
         """Whether any rank but the last has done something else than the sum over all ranks asks for.

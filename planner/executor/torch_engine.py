@@ -17,7 +17,7 @@ import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from planner.executor.interpreter import LossFunction
 from planner.executor.pipeline import Pipeline
 from planner.executor.stage import Layer, Stage
 from planner.executor.trace import EventKind, Tracer
-from planner.executor.transport import LostPeerError, first_sentence, telling_lost_peers
+from planner.executor.transport import LostPeerError, first_sentence, telling_lost_peers, tells_of_lost_peer
 from planner.plans import Plan
 from planner.schedule.actions import Kind, Schedule
 from profiles.errors import PipewrightError
@@ -102,7 +102,6 @@ class TorchPipeline(Pipeline):
         ExecutionError as `Pipeline` and `refuse_for_torch`, and for layers inside DistributedDataParallel or FSDP.
         """
         refuse_for_torch(plan)
-        _refuse_shared_parameters(plan, layers)
         super().__init__(plan, layers, loss_fn, **options)
         for stage in self.stages:
             _refuse_reducers(stage)
@@ -146,12 +145,12 @@ class TorchPipeline(Pipeline):
                 options["return_outputs"] = False
             self._runtime.step(*((inputs,) if self._has_first else ()), **options)
         loss = torch.stack(self._losses).mean() if self._losses else None
-        if self.plan.layout.dp > 1:
+        if self.plan.layout.dp > 1 or self._shared:
             start = self.tracer.mark()
             for stage in self.stages:
                 self._sync.stage_finished(stage.index)
             self._sync.finish()
-            if loss is not None:
+            if loss is not None and self.plan.layout.dp > 1:
                 with telling_lost_peers("the mean of the loss"):
                     dist.all_reduce(loss, group=self._groups.data)
                 loss /= self.plan.layout.dp
@@ -340,21 +339,6 @@ def _output_of(stage: Stage, value: Tensor) -> Tensor:
     return value
 
 
-def _refuse_shared_parameters(plan: Plan, layers: Sequence[Layer]) -> None:
-    """torch's runtime knows of no parameters that stages share; on one rank they are shared without its doing."""
-    bounds = (0, *accumulate(plan.layout.layers_per_stage))
-    home: dict[int, tuple[int, int]] = {}
-    for stage, rank in enumerate(plan.layout.rank_of_stage):
-        for index, layer in enumerate(layers[bounds[stage] : bounds[stage + 1]], start=bounds[stage]):
-            for parameter in layer.parameters() if isinstance(layer, nn.Module) else ():
-                other_rank, other = home.setdefault(id(parameter), (rank, index))
-                if other_rank != rank:
-                    raise ExecutionError(
-                        f"layers {other} (rank {other_rank}) and {index} (rank {rank}) share a parameter, whose "
-                        f"gradients torch's runtime does not add up; {_OURS}"
-                    )
-
-
 def _refuse_reducers(stage: Stage) -> None:
     for name, part in stage.named_modules():
         if isinstance(part, DistributedDataParallel | FSDPModule | FullyShardedDataParallel):
@@ -373,7 +357,6 @@ def _telling_lost_peers() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error.__cause__, PipewrightError):  # of a layer of ours, said once more by torch
             raise error.__cause__ from None
-        text = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text or "Connection closed" in text:
+        if tells_of_lost_peer(error):
             raise LostPeerError(f"torch's runtime lost a transfer: {first_sentence(error)}") from None
         raise

@@ -19,7 +19,7 @@ from torch import nn
 from planner.errors import ExecutionError
 from planner.executor.job import JobDirectory, RankError, RankResult, RunRequest, StepProgress, model_of
 from planner.executor.pipeline import Pipeline
-from planner.executor.transport import LostPeerError
+from planner.executor.transport import LostPeerError, telling_lost_peers
 from planner.plans import Plan
 from profiles.errors import PipewrightError
 from profiles.measure.models import Architecture, build_layers, loss_fn, synthetic_batch, tied_parameters
@@ -185,7 +185,8 @@ def _save_gradients(job: JobDirectory, pipe: Pipeline) -> None:
     if pipe.plan.layout.dp > 1:
         for name, gradient in gradients.items():
             first = gradient.clone()
-            dist.broadcast(first, group=pipe.data_group, group_src=0)
+            with telling_lost_peers("the comparison of gradients"):
+                dist.broadcast(first, group=pipe.data_group, group_src=0)
             if not torch.equal(first, gradient):
                 here = pipe.coordinates.data_rank
                 raise ExecutionError(f"data ranks {here} and 0 hold different gradients of parameter {name}")

@@ -32,11 +32,22 @@ class LostPeerError(ExecutionError):
 
 @contextmanager
 def telling_lost_peers(what: str) -> Iterator[None]:
-    """A collective that breaks does so because another process is gone: LostPeerError, with torch's reason."""
+    """A collective that breaks does so because another process is gone: LostPeerError, with torch's reason.
+
+    Not one that this process has no memory for.
+    """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise LostPeerError(f"{what} broke: {first_sentence(error)}") from None
+
+
+def tells_of_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error of code that also computes comes from another process that is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "NCCL", "Connection closed"))
 
 
 def first_sentence(error: RuntimeError) -> str:

@@ -131,8 +131,8 @@ def test_a_family_with_every_number_of_microbatches_from_4_to_12(num_ranks, fami
     assert_one_everywhere(found)
 
 
-@pytest.mark.parametrize("family", ["1f1b", "dualpipe"])
-def test_a_bundled_model_with_tied_embeddings_runs_as_planned(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "engine"), [("1f1b", "pipewright"), ("dualpipe", "pipewright"), ("1f1b", "torch")])
+def test_a_bundled_model_with_tied_embeddings_runs_as_planned(family, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     untied = model_spec_for("gpt2", num_layers=2, hidden_size=16, num_heads=2, vocab_size=31, sequence_length=8)
     plan = make_plan(
@@ -145,7 +145,9 @@ def test_a_bundled_model_with_tied_embeddings_runs_as_planned(family, tmp_path, 
     )
     plan.save(tmp_path / "plan.json")
     steps = []
-    report = run_plan(tmp_path / "plan.json", steps=3, device="cpu", check=True, on_progress=steps.append)
+    report = run_plan(
+        tmp_path / "plan.json", steps=3, device="cpu", engine=engine, check=True, on_progress=steps.append
+    )
     assert report.exactness is not None
     assert report.exactness.worst_loss_relative_difference < 1e-10
     assert report.exactness.gradient_relative_difference < 1e-10

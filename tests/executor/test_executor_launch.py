@@ -66,6 +66,7 @@ def test_the_runtime_of_torch_trains_the_same_and_its_actions_are_measured_too(p
     assert report.exactness is not None
     assert report.exactness.gradient_relative_difference < 1e-10
     assert [(a.kind, a.stage, a.count) for a in report.actions] == [(k, s, 4) for s in (0, 1) for k in "FBW"]
+    assert all(a.handed_over_us == 0 for a in report.actions)  # it would be waiting, which torch does not tell apart
 
 
 def test_what_the_runtime_of_torch_would_run_wrongly_is_refused_before_any_process_starts(tmp_path):
@@ -114,6 +115,11 @@ def test_post_validation_is_ours_alone(plan_path):
         run_plan(plan_path, device="cpu", engine="torch", post_validation=True)
 
 
+def test_only_our_engine_measures_a_profile(plan_path, tmp_path):
+    with pytest.raises(ExecutionError, match="torch's runtime does not tell what a rank waits for"):
+        run_plan(plan_path, device="cpu", engine="torch", measure_path=tmp_path / "measured.json")
+
+
 def test_a_norm_that_is_none_is_a_wrong_argument(plan_path):
     with pytest.raises(ValueError, match="max_grad_norm is -1, it must be a positive number"):
         run_plan(plan_path, device="cpu", max_grad_norm=-1.0)
@@ -136,7 +142,10 @@ def test_training_that_diverges_ends_with_the_steps_and_the_learning_rate(plan_p
         run_plan(plan_path, steps=6, device="cpu", learning_rate=1e30, post_validation=post_validation)
 
 
-def test_a_killed_process_ends_the_run_and_is_named(plan_path):
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_killed_process_ends_the_run_and_is_named(zero_stage, tmp_path):
+    plan_path = save_plan(tmp_path, "1f1b", dp=2, zero_stage=zero_stage) if zero_stage else save_plan(tmp_path, "zb-h1")
+
     def kill_one(_):
         for pid in workers():
             os.kill(pid, signal.SIGKILL)

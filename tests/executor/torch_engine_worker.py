@@ -4,6 +4,7 @@ import faulthandler
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from planner.errors import ExecutionError
 from planner.executor import Pipeline
+from planner.executor.holders import Tie
 from planner.executor.torch_engine import TorchPipeline, refuse_for_torch
 from planner.plans import Plan
 from planner.schedule.families import get_family
@@ -53,8 +55,9 @@ def gradients_of(cls: type[Pipeline], plan: Plan, seed: int, **options: Any) -> 
     return {"losses": losses, "gradients": {n: p.grad for n, p in pipe.named_parameters()}, "pipe": pipe}
 
 
-def compare(plan: Plan, seed: int, **options: Any) -> Found:
-    ours, theirs = gradients_of(Pipeline, plan, seed), gradients_of(TorchPipeline, plan, seed, **options)
+def compare(plan: Plan, seed: int, *, ties: Sequence[Tie] = (), **options: Any) -> Found:
+    ours = gradients_of(Pipeline, plan, seed, ties=ties)
+    theirs = gradients_of(TorchPipeline, plan, seed, ties=ties, **options)
     assert ours["gradients"].keys() == theirs["gradients"].keys()
     worst = 0.0
     for name, expected in theirs["gradients"].items():
@@ -82,6 +85,8 @@ def agreement(num_ranks: int) -> Found:
         get_family("zb-v").generate(num_ranks, 6, 2), recompute="full", layers_per_stage=[2] * 2 * num_ranks
     )
     found["recompute"] = compare(plan, seed=2)
+    plan = make_plan(get_family("zb-h1").generate(num_ranks, 6, 1), layers_per_stage=[2] * num_ranks)
+    found["tied"] = compare(plan, seed=2, ties=[((0, "weight"), (2 * num_ranks - 1, "weight"))])
     compared = seed = 0
     while compared < NUM_RANDOM:
         seed += 1
@@ -124,8 +129,6 @@ def refusals() -> Found:
         except ExecutionError as error:
             found[name] = str(error)
 
-    linear = nn.Linear(WIDTH, WIDTH)
-    tell("shared", [linear, linear])
     tell("frozen, then another shape", [Frozen(), nn.Linear(WIDTH, WIDTH)])
     tell("by value", [ByValue(), nn.Linear(WIDTH, WIDTH)])
     return found
