@@ -251,7 +251,7 @@ class _Search:
                 priced.append(node)
                 if outcome is _Outcome.UNDECIDED:
                     undecided.append(node)
-                if self.best and self.ordering_s < self.time_limit_s * _EARLY_ORDERING_SHARE:
+                if self.best and self._has_time_to_order():
                     self._order_one(node)
             self._report("pricing layouts")
         self._order(priced)
@@ -286,6 +286,11 @@ class _Search:
                 return
             self._order_one(node)
             self._report("ordering open layouts")
+
+    def _has_time_to_order(self) -> bool:
+        """Not yet so much has gone into early orders that prices would have to wait."""
+        beside_s = self._elapsed_s() - self.ordering_s
+        return self.ordering_s < min(_EARLY_ORDERING_SHARE * self.time_limit_s, 0.5 * beside_s)
 
     def _order_one(self, node: _Node) -> None:
         """Solver-made orders of a candidate that may still win: cut evenly, nothing recomputed if that can be."""
