@@ -196,8 +196,6 @@ def _split(found: dict[str, Any]) -> dict[str, Any]:
         times = of_block["times_us"]
         fused = times["BW"]
         for way in ("ours", "torch's"):
-            if f"B, {way}" not in times:
-                continue
             b, w = times[f"B, {way}"], times[f"W, {way}"]
             middle = statistics.median((x + y) / z for x, y, z in zip(b, w, fused, strict=True))
             held = [f"{of_block[f'bytes, {way}'][phase] / 2**20:.2f}" for phase in "FBW"]
