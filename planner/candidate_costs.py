@@ -323,7 +323,7 @@ def _layer_floors(options: LayerOptions, dtype: Dtype, states: Mapping[int, int]
                 backward_us=min(min(layer.backward_input_us, layer.fused_backward_us) for layer in same),
                 fused_us=min(layer.fused_backward_us for layer in same),
                 back_us=min(map(least_back_us, same)),
-                work_us=min(map(least_work_us, same)),
+                work_us=min(layer.forward_us for layer in same) + min(map(least_back_us, same)),
                 dense_parameters=base.parameter_bytes / size - experts,
                 expert_parameters=experts,
                 optimizer_us=base.optimizer_us,

@@ -187,7 +187,7 @@ class StepFloor:
         So all layers together keep no more than the room, at the cost of recomputing: the layers that free most memory
         for their time first, the last one in part. What the last microbatch repeats may hide traffic.
         """
-        work, again = sum(layer.hull[0][0] for layer in self.layers), 0.0
+        work, again = self.totals.work_us, 0.0
         over = sum(layer.hull[0][1] for layer in self.layers) - self.room_bytes
         pieces = [
             ((more - work_us) / (held - less), held - less)
