@@ -100,8 +100,14 @@ def plan(
     }
     twice = FAMILIES.get(family)
     if twice is not None and twice.num_replicas > 1:
+        if top:
+            raise LayoutError(
+                f"top {top}: {family} is laid out as 1F1B's best, there is no list; leave top or family out"
+            )
         once = one_replica_arguments(twice, dict(arguments))
-        found = plan(model, cluster, **once, time_limit_s=time_limit_s, seed=seed, command=command)
+        found = plan(
+            model, cluster, **once, time_limit_s=time_limit_s, seed=seed, command=command, on_progress=on_progress
+        )
         return with_two_replicas(found, twice)
     check_time_limit(time_limit_s)
     if not 0 <= top <= MAX_TOP:

@@ -26,6 +26,8 @@ from profiles.cluster import Cluster
 from profiles.collectives import Fabric
 from profiles.model import BYTES_PER_ELEMENT, Dtype, LayerProfile, ModelProfile, Recompute
 
+_NUM_ROUNDED = 6  # numbers of bytes that a rank rounds: weights, gradients, optimizer, of dense layers and experts
+
 
 @dataclass(frozen=True)
 class Job:
@@ -278,10 +280,11 @@ class CandidateCosts:
         return sum(model_state_bytes(parameters, experts, candidate, self.job.precision))
 
     def all_states_bytes(self, candidate: Candidate) -> int:
-        """The same of all layers."""
+        """The same of all layers, at least: on every rank, shards that do not divide are rounded down."""
         options = self.options(candidate)
         parameters, experts = options.parameter_bytes, options.expert_parameter_bytes
-        return sum(model_state_bytes(parameters, experts, candidate, self.job.precision))
+        whole = sum(model_state_bytes(parameters, experts, candidate, self.job.precision))
+        return max(0, whole - _NUM_ROUNDED * candidate.pp)
 
     def least_bytes(self, candidate: Candidate) -> int:
         """What all ranks of a replica together hold at least: model states and one microbatch."""

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.errors import ExecutionError
 from planner.executor.program import Channel
+from planner.executor.transport import telling_lost_peers
 from planner.plans import Layout
 
 
@@ -145,6 +146,7 @@ def channel_groups(
             group = dist.new_group(ends, timeout=timeout)
             if here.global_rank in ends:
                 made[channel] = group
-    for group in made.values():  # the same order at both ends: nobody waits in a circle
-        dist.all_reduce(probe, group=group)
+    with telling_lost_peers("the connection of pipeline ranks"):
+        for group in made.values():  # the same order at both ends: nobody waits in a circle
+            dist.all_reduce(probe, group=group)
     return made

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from planner.errors import ExecutionError
 from planner.executor.gradient_norm import Rule
-from planner.executor.gradients import DataParallelSum, GradientSync, NoSync
+from planner.executor.gradients import DataParallelSum, GradientSync, NoSync, start_alike
 from planner.executor.groups import Coordinates, channel_groups, connect, refuse_unsupported
 from planner.executor.holders import HolderSum, SharedParameters, Tie, Ties
 from planner.executor.interpreter import Interpreter, LossFunction
@@ -59,14 +59,15 @@ class Pipeline:
 
         `layers`: the whole model in order, one entry per layer the plan counts (embedding and head included),
         each an nn.Module or a callable without arguments that makes one; callables of other processes' layers
-        are never called. Each layer takes the one tensor the layer before returns. `loss_fn(output, targets)`
-        is the mean over the rows of one microbatch. `device`: by default this process's CUDA device if there
-        is one, else the CPU; `backend`: by default nccl on CUDA, else gloo; a process group that is there
-        already is used as it is. `dtype` converts the layers. `receive_ahead`: receives posted beyond the
-        next. `trace_steps`: how many last steps `trace` keeps. `overlap_reduction`: whether gradients of a stage are
-        reduced over the data ranks beside what a process still has to run, instead of after it. `ties`: pairs of
-        parameters that are one, where layers are callables, like ((0, "weight"), (5, "weight")) for layers 0 and 5;
-        modules are tied where they share a parameter.
+        are never called. Each layer takes the one tensor the layer before returns. Data-parallel ranks start from
+        the parameters and buffers of the first of them. `loss_fn(output, targets)` is the mean over the rows of one
+        microbatch. `device`: by default this process's CUDA device if there is one, else the CPU; `backend`: by
+        default nccl on CUDA, else gloo; a process group that is there already is used as it is. `dtype` converts
+        the layers. `receive_ahead`: receives posted beyond the next. `trace_steps`: how many last steps `trace`
+        keeps. `overlap_reduction`: whether gradients of a stage are reduced over the data ranks beside what a
+        process still has to run, instead of after it. `ties`: pairs of parameters that are one, where layers are
+        callables, like ((0, "weight"), (5, "weight")) for layers 0 and 5; modules are tied where they share a
+        parameter.
 
         ExecutionError when plan, model and job do not fit together; ScheduleError when the schedule cannot
         run.
@@ -124,6 +125,7 @@ class Pipeline:
         )
         self._sync: GradientSync = NoSync()
         if layout.dp > 1:
+            start_alike((*self.module.parameters(), *self.module.buffers()), self._groups.data)
             parameters_of = {index: stage.parameters() for index, stage in stages.items()}
             self._sync = DataParallelSum(parameters_of, self._groups.data, self.tracer, overlaps=overlap_reduction)
         self._shared = SharedParameters(built, tied, schedule, self._groups, timeout)

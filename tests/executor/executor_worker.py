@@ -129,6 +129,7 @@ def data_parallel() -> Found:
     for zero_stage in (0, 1):
         found[f"adamw zero {zero_stage}"] = {"parameters": _train(zero_stage)}
     found["experts"] = {"gradients seen": _unused_parameters()}
+    found["start"] = {"first parameters": _first_parameters()}
     return found
 
 
@@ -175,6 +176,18 @@ def _unused_parameters() -> list[str]:
     rows = torch.ones(4, 3, dtype=torch.float64)
     pipe.step(rows, rows)
     return sorted(name for name, p in pipe.named_parameters() if p.grad is not None)
+
+
+def _first_parameters() -> list[float]:
+    """What a pipeline starts from whose layers every process makes from a seed of its own, one of them transposed."""
+    plan = make_plan(get_family("1f1b").generate(2, 2, 1), dp=2)
+    torch.manual_seed(dist.get_rank())
+    layers = [nn.Linear(2, 3, dtype=torch.float64) for _ in range(2)]
+    for layer in layers:
+        layer.weight = nn.Parameter(torch.rand(2, 3, dtype=torch.float64).T)
+        layer.register_buffer("drawn", torch.rand(2, dtype=torch.float64))
+    pipe = Pipeline(plan, layers, lambda output, target: (output - target).mean())
+    return [value for tensor in pipe.state_dict().values() for value in tensor.flatten().tolist()]
 
 
 def memory() -> Found:

@@ -90,6 +90,12 @@ def test_parameters_used_on_one_data_rank_get_a_gradient_on_all_and_unused_ones_
         assert cases["experts"]["gradients seen"] == [f"{stage}.always", f"{stage}.sometimes"]
 
 
+def test_data_ranks_start_from_the_parameters_of_the_first_whatever_their_seeds(four):
+    starts = [cases["start"]["first parameters"] for cases in four]  # pipeline ranks 0, 0, 1, 1
+    assert starts[0] == starts[1] != starts[2] == starts[3]
+    assert len(starts[0]) == 2 * 3 + 3 + 2
+
+
 @pytest.mark.parametrize("family", ["1f1b", "zb-h1"])
 def test_what_is_held_does_not_grow_with_the_microbatches(two, family):
     for cases in two[0]:
