@@ -163,5 +163,7 @@ def test_a_bidirectional_family_that_cannot_be_planned_says_why():
         plan("gpt2-xl", "1x2xa100-80gb", global_batch_size=8, pp=2, virtual_stages=2, family="gems", **PINS)
     with pytest.raises(LayoutError, match="even number of ranks and of microbatches, not 2 and 3"):
         plan("gpt2-xl", "1x2xa100-80gb", global_batch_size=3, pp=2, family="dualpipe", **PINS)
+    with pytest.raises(LayoutError, match="top 3: dualpipe takes the best layout of 1f1b, there is no list"):
+        plan("gpt2-xl", "1x2xa100-80gb", global_batch_size=8, pp=2, family="dualpipe", top=3, **PINS)
     with pytest.raises(InfeasibleError, match=r"in the best layout of 1f1b.* needs .* bytes and may use"):
         plan("gpt2-xl", "1x2xv100-32gb", global_batch_size=4, pp=2, family="gems", dtype="float16", **PINS)
