@@ -101,9 +101,7 @@ def plan(
     twice = FAMILIES.get(family)
     if twice is not None and twice.num_replicas > 1:
         if top:
-            raise LayoutError(
-                f"top {top}: {family} is laid out as 1F1B's best, there is no list; leave top or family out"
-            )
+            raise LayoutError(f"top {top}: {family} takes the best layout of 1f1b, there is no list; leave out either")
         once = one_replica_arguments(twice, dict(arguments))
         found = plan(
             model, cluster, **once, time_limit_s=time_limit_s, seed=seed, command=command, on_progress=on_progress
