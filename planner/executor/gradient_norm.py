@@ -139,6 +139,10 @@ class GradientNorm:
                 work.wait()
         self._on_the_way.clear()
 
+    def let_go(self) -> None:
+        """Forget the process groups: nothing can be summed any more."""
+        del self._groups, self._group
+
     def _number(self, *values: float) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self._groups.device)
 

@@ -199,15 +199,6 @@ def _joined(bucket: Sequence[nn.Parameter]) -> Tensor:
     return flat
 
 
-def start_alike(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Give all processes of `group` the values of its first, as layers need not have been made from one seed."""
-    with telling_lost_peers("the start of parameters on the data-parallel ranks"):
-        for tensor in tensors:
-            sent = tensor.detach().contiguous()
-            dist.broadcast(sent, group=group, group_src=0)
-            tensor.detach().copy_(sent)  # itself, but for tensors that are not contiguous
-
-
 def take_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
     """Take what is in `.grad` away, to be added again when the step's own has been summed."""
     taken = []

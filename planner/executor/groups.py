@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from planner.errors import ExecutionError
 from planner.executor.program import Channel
@@ -107,7 +109,8 @@ def connect(layout: Layout, device: torch.device | None, backend: str | None, ti
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
         # Not bound to its device: a bound group would split its communicator for every channel and bystander.
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, world_size = _next_store(timeout)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
         else:  # one process outside torchrun needs no rendezvous
             store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in its __all__
             dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
@@ -126,6 +129,23 @@ def connect(layout: Layout, device: torch.device | None, backend: str | None, ti
         mesh=mesh,
         owns_world=owns_world,
     )
+
+
+_joined: list[tuple[Any, int, int]] = []  # by each time this process has joined the job; the first has the store
+
+
+def _next_store(timeout: timedelta) -> tuple[Any, int, int]:
+    """Where the processes find each other, this process's rank, how many there are.
+
+    Under a prefix of its own each time: in a store that was used before, a process finds where others listened then,
+    and waits for them until the timeout. All processes make and close pipelines in one order, so they count alike.
+    """
+    if not _joined:
+        _joined.append(next(rendezvous("env://", timeout=timeout)))
+    store, rank, world_size = _joined[0]
+    mine = dist.PrefixStore(f"pipeline-{len(_joined)}", store)  # type: ignore[attr-defined]  # public
+    _joined.append((mine, rank, world_size))
+    return _joined[-1]
 
 
 def channel_groups(

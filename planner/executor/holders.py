@@ -121,6 +121,10 @@ class SharedParameters:
     def __bool__(self) -> bool:
         return bool(self._groups)
 
+    def let_go(self) -> None:
+        """Forget the process groups; only `is_counted` can be asked from now on."""
+        self._groups.clear()
+
     def is_counted(self, parameter: nn.Parameter) -> bool:
         """Whether this rank is the first of its holders."""
         return parameter not in self._elsewhere

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from planner.errors import ExecutionError
 from planner.executor.gradient_norm import Decision, GradientNorm, Rule
 from planner.executor.groups import Groups
 from planner.executor.rollback import OverwrittenState, StepSettings
@@ -70,6 +71,7 @@ class PipelineOptimizer(Optimizer):
         self._device = device
         self._unvalidated: _Unvalidated | None = None
         self._must_restart = False
+        self._closed = False
         self.last_grad_norm: float | None = None
         self.num_skipped = 0
         self.num_rolled_back = 0
@@ -86,6 +88,8 @@ class PipelineOptimizer(Optimizer):
         corrected during the next `Pipeline.step`, or by `validate`."""
         if closure is not None:
             raise ValueError("a closure cannot run a pipeline's step; call Pipeline.step, then step() without one")
+        if self._closed:
+            raise ExecutionError("the Pipeline of this optimizer is closed; make a new one, and load the state into it")
         self.validate()
         self._must_restart = False
         held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -198,6 +202,13 @@ class PipelineOptimizer(Optimizer):
         self.validate()
         self._norm.finish()
 
+    def let_go(self) -> None:
+        """Forget the process groups: no step can be made any more."""
+        self._closed = True
+        self._norm.let_go()
+        if "process_group" in vars(self.inner):  # torch's ZeroRedundancyOptimizer keeps it
+            vars(self.inner)["process_group"] = None
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of this process; those of an unvalidated step are kept elsewhere."""
         self.inner.zero_grad(set_to_none)
@@ -279,6 +290,7 @@ class Optimizers:
         """
         for optimizer in self._made:
             optimizer.finish()
+            optimizer.let_go()
         self._made.clear()
 
     @property
@@ -296,8 +308,15 @@ def _sharded(
     cls: type[Optimizer], parameters: Sequence[Any], group: dist.ProcessGroup, options: dict[str, Any]
 ) -> Optimizer:
     """ZeRO stage 1: the state of every parameter on one process of `group`."""
+    sharded: Optimizer = sharded_class()(parameters, optimizer_class=cls, process_group=group, **options)
+    return sharded
+
+
+def sharded_class() -> Any:
+    """torch's ZeroRedundancyOptimizer. To be imported before the process group is made: torch's module keeps the one
+    that is there then as a default argument, for ever."""
     with warnings.catch_warnings():
         # On import the package warns about its own use of torch.jit.
         warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)
         from torch.distributed.optim import ZeroRedundancyOptimizer
-    return ZeroRedundancyOptimizer(parameters, optimizer_class=cls, process_group=group, **options)
+    return ZeroRedundancyOptimizer

@@ -23,12 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from planner.errors import ExecutionError
+from planner.executor.data_ranks import start_alike
 from planner.executor.gradient_norm import Rule
-from planner.executor.gradients import DataParallelSum, GradientSync, NoSync, start_alike
-from planner.executor.groups import Coordinates, channel_groups, connect, refuse_unsupported
+from planner.executor.gradients import DataParallelSum, GradientSync, NoSync
+from planner.executor.groups import channel_groups, connect, refuse_unsupported
 from planner.executor.holders import HolderSum, SharedParameters, Tie, Ties
 from planner.executor.interpreter import Interpreter, LossFunction
-from planner.executor.optimizer import Optimizers, PipelineOptimizer
+from planner.executor.optimizer import Optimizers, PipelineOptimizer, sharded_class
 from planner.executor.program import rank_program
 from planner.executor.stage import Layer, Stage, build_layer
 from planner.executor.trace import RankTrace, Trace, Tracer
@@ -93,8 +94,12 @@ class Pipeline:
         holders = [schedule.holders(s) for s, count in enumerate(layout.layers_per_stage) for _ in range(count)]
         tied = Ties(layers, ties, holders)
         timeout = timedelta(seconds=process_group_timeout_s)
+        if layout.zero_stage == 1:
+            sharded_class()
         self._groups = connect(layout, None if device is None else torch.device(device), backend, timeout)
         self.device = self._groups.device
+        self.coordinates = self._groups.coordinates  # this process's place in the layout
+        self.backend = self._groups.backend  # what sends tensors: gloo or nccl
         program = rank_program(schedule, self.coordinates.pipeline_rank)
         # As the profile counts it: blocks are recomputed, the embedding and the head are not.
         every = layout.recompute_of_layer or (layout.recompute,) * len(layers)
@@ -125,7 +130,7 @@ class Pipeline:
         )
         self._sync: GradientSync = NoSync()
         if layout.dp > 1:
-            start_alike((*self.module.parameters(), *self.module.buffers()), self._groups.data)
+            start_alike(built, self._groups)
             parameters_of = {index: stage.parameters() for index, stage in stages.items()}
             self._sync = DataParallelSum(parameters_of, self._groups.data, self.tracer, overlaps=overlap_reduction)
         self._shared = SharedParameters(built, tied, schedule, self._groups, timeout)
@@ -142,27 +147,18 @@ class Pipeline:
             gradient_scale=1.0 / (layout.num_microbatches * layout.dp),
         )
         self._optimizers = Optimizers(self._groups, layout, timeout)
-        self._failed = False
-
-    @property
-    def coordinates(self) -> Coordinates:
-        """This process's place in the layout."""
-        return self._groups.coordinates
-
-    @property
-    def backend(self) -> str:
-        """What sends tensors: gloo or nccl."""
-        return self._groups.backend
+        self._peak_buffers = self._peak_graphs = 0
+        self._failed = self._closed = False
 
     @property
     def peak_boundary_tensors(self) -> int:
         """Most tensors this process held for transfers at one time in the last step, sends and receives."""
-        return self._transport.peak_buffers
+        return self._peak_buffers
 
     @property
     def peak_graphs(self) -> int:
         """Most (stage, microbatch) held here between F and its backward at one time in the last step."""
-        return self._interpreter.peak_graphs
+        return self._peak_graphs
 
     def step(self, inputs: Tensor | None, targets: Tensor | None) -> Tensor | None:
         """Run one optimizer step's forwards and backwards, and add the gradients to `.grad`.
@@ -172,8 +168,7 @@ class Pipeline:
         the mean loss over the global batch on processes of the last stage, else None. ExecutionError when
         rows or shapes do not fit.
         """
-        if self._failed:
-            raise ExecutionError("an earlier step of this Pipeline failed; the job has to be started again")
+        self._refuse_unusable()
         split_inputs = self._microbatches(inputs, "inputs", "first") if self._has_first else ()
         split_targets = self._microbatches(targets, "targets", "last") if self._has_last else ()
         self._failed = True  # until it is done
@@ -182,6 +177,7 @@ class Pipeline:
             self._sync.begin()
             must_restart = self._optimizers.must_restart if self._optimizers.needs_validation else None
             losses = self._interpreter.run(split_inputs, split_targets, must_restart)
+        self._peak_buffers, self._peak_graphs = self._transport.peak_buffers, self._interpreter.peak_graphs
         loss = self._shared.mean_loss(losses)
         if self.plan.layout.dp > 1 or self._shared:
             start = self.tracer.mark()
@@ -193,6 +189,14 @@ class Pipeline:
             self.tracer.record("reduce", None, None, start, start)
         self._failed = False
         return loss
+
+    def _refuse_unusable(self) -> None:
+        if self._closed:
+            raise ExecutionError("this Pipeline is closed, its process groups are gone; make a new one")
+        if self._failed:
+            raise ExecutionError("an earlier step of this Pipeline failed; the job has to be started again")
+        if torch.is_inference_mode_enabled():
+            raise ExecutionError("a step makes gradients, which torch.inference_mode forbids; call it outside")
 
     def _microbatches(self, rows: Tensor | None, what: str, where: str) -> tuple[Tensor, ...]:
         layout = self.plan.layout
@@ -254,6 +258,7 @@ class Pipeline:
         inf or NaN. `post_validation`: step without waiting for the ranks behind this one, and correct the step
         afterwards if their gradients say so; see `PipelineOptimizer`.
         """
+        self._refuse_unusable()
         if post_validation and self._shared:
             raise ExecutionError(
                 "post_validation is not for pipelines in which several ranks hold a parameter, by a second replica or "
@@ -270,7 +275,8 @@ class Pipeline:
 
     def validate(self) -> None:
         """Make this process's parameters right where an optimizer with post-validation made them too early."""
-        self._optimizers.validate()
+        if not self._closed:
+            self._optimizers.validate()
 
     def trace(self) -> RankTrace:
         """What this process did in the last `trace_steps` steps."""
@@ -297,10 +303,21 @@ class Pipeline:
             dist.all_reduce(torch.zeros(1, device=self.device))
 
     def close(self) -> None:
-        """Leave the job, validated; the process group goes too if it was made here."""
+        """Leave the job, validated; the process group goes too if it was made here.
+
+        What this process holds of the model stays, and can be read. Nothing here, nor any optimizer made here, knows
+        a process group any more, however long the caller keeps it: the threads of gloo end with the last reference,
+        and end in order only before the interpreter does.
+        """
+        if self._closed:
+            return
         if not self._failed:
             self._optimizers.finish()
-        if self._groups.owns_world and dist.is_initialized():
+        self._closed = True
+        owns_world = self._groups.owns_world
+        self._shared.let_go()
+        del self._optimizers, self._interpreter, self._transport, self._sync, self._groups
+        if owns_world and dist.is_initialized():
             dist.destroy_process_group()
 
     def __enter__(self) -> Self:

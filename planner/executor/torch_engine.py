@@ -124,8 +124,7 @@ class TorchPipeline(Pipeline):
 
     def step(self, inputs: Tensor | None, targets: Tensor | None) -> Tensor | None:
         """As `Pipeline.step`."""
-        if self._failed:
-            raise ExecutionError("an earlier step of this Pipeline failed; the job has to be started again")
+        self._refuse_unusable()
         if self._has_first:
             inputs = torch.cat(self._microbatches(inputs, "inputs", "first"))
             self._refuse_other_shape("inputs", inputs)
