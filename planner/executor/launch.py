@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from planner.errors import ExecutionError
 from planner.executor.groups import refuse_unsupported
@@ -93,6 +94,7 @@ def run_plan(
         )
     plan = Plan.load(plan_path)
     chosen = _refuse_what_cannot_run(plan, device, dtype, engine)
+    _refuse_backend(backend, chosen)
     if profile_path is not None and measure_path is None:
         raise ValueError(f"profile_path is {profile_path}, which only a run with measure_path reads")
     base = None
@@ -174,6 +176,13 @@ def _refuse_what_cannot_run(
             f"{available}; run it on the CPU, or plan for this machine"
         )
     return "cuda" if device == "cuda" or available >= layout.num_devices else "cpu"
+
+
+def _refuse_backend(backend: str | None, device: Literal["cpu", "cuda"]) -> None:
+    usable = {"gloo": device == "cpu", "nccl": device == "cuda" and dist.is_nccl_available()}
+    if backend is not None and not usable.get(backend, False):
+        names = " or ".join(name for name, does in usable.items() if does) or "none"
+        raise ExecutionError(f"backend {backend!r} cannot send {device} tensors between processes here; use {names}")
 
 
 def _run(module: Sequence[str], job: JobDirectory, on_progress: Callable[[StepProgress], None] | None) -> None:

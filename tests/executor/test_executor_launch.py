@@ -202,6 +202,12 @@ def test_more_cuda_devices_than_there_are_is_refused(plan_path, monkeypatch):
         run_plan(plan_path, device="cuda")
 
 
+@pytest.mark.parametrize("backend", ["nccl", "carrier-pigeon"])
+def test_a_backend_that_cannot_send_is_refused_before_any_process_starts(plan_path, backend):
+    with pytest.raises(ExecutionError, match=f"backend '{backend}' cannot send cpu tensors between .*; use gloo"):
+        run_plan(plan_path, device="cpu", backend=backend)
+
+
 def test_a_file_that_is_no_plan_is_refused(tmp_path):
     with pytest.raises(FileError, match="no such file"):
         run_plan(tmp_path / "nothing.json")
