@@ -38,7 +38,8 @@ _SECOND_TRY_SHARE = 0.75
 _POLISH_SHARE = 0.93
 _NUM_FIRST = 6  # candidates that are priced before anything else
 _NUM_WITHOUT_PIPELINE = 50  # these, too: they are priced in no time
-_ORDER_S = 2.0  # for one solver-made order of an open candidate
+_ORDER_S = 2.0  # for one solver-made order of an open candidate, but no more than
+_ORDER_SHARE = 0.04  # of the time limit
 _EARLY_ORDERING_SHARE = 0.25  # of the time limit may go to orders of candidates as soon as they are priced
 _QUICK_MIXING_OPS = 500_000
 _GRACE_S = 10.0  # beyond the limit, to find any layout at all
@@ -402,7 +403,8 @@ class _Search:
 
     def _list_schedule(self, cut: Cut) -> None:
         if self.solvers_may_order and self._num_actions(cut.candidate) <= SOLVER_ACTION_LIMIT:
-            limit_s = min(_ORDER_S, max(0.05, self.time_limit_s - self._elapsed_s()))
+            left_s = self.time_limit_s - self._elapsed_s()
+            limit_s = min(_ORDER_S, _ORDER_SHARE * self.time_limit_s, max(0.05, left_s))
             priced, solution = self.pricer.solve_order(
                 cut,
                 solver="list-scheduling",
