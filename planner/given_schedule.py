@@ -3,17 +3,13 @@
 The way to run an order that the layout search does not make, such as one with recompute as an action (R).
 """
 
-import math
-
 from planner.errors import PlanError
-from planner.layout import candidate_of
-from planner.memory import rank_memory
 from planner.plans import Certificate, Plan, Prediction
 from planner.schedule.actions import Kind, Schedule
 from planner.schedule.simulation import simulate
 from planner.schedule.validation import check
 from planner.traffic import BYTES_OF
-from planner.verify import verify
+from planner.verify import memory_of, verify
 from profiles.model import BYTES_PER_ELEMENT
 
 
@@ -50,19 +46,6 @@ def with_schedule(plan: Plan, schedule: Schedule) -> Plan:
     timeline = simulate(schedule, plan.stages)
     step_us = timeline.makespan_us + old.exposed_data_parallel_us + old.optimizer_us
     slower = old.step_time_us / step_us
-    memory = tuple(
-        rank_memory(
-            plan.stages,
-            layout.rank_of_stage,
-            rank,
-            candidate=candidate_of(layout),
-            precision=plan.precision,
-            peak_activation_bytes=math.ceil(timeline.peak_activation_bytes[rank]),
-            capacity=before.capacity_bytes,
-            num_replicas=layout.num_replicas,
-        )
-        for rank, before in enumerate(old.memory)
-    )
     prediction = old.model_copy(
         update={
             "step_time_us": step_us,
@@ -73,7 +56,7 @@ def with_schedule(plan: Plan, schedule: Schedule) -> Plan:
             "hfu": 0.0,
             "tokens_per_s": plan.global_batch_size * plan.sequence_length / (step_us / 1e6),
             "parts": None,
-            "memory": memory,
+            "memory": memory_of(plan, timeline),
         }
     )
     given = plan.model_copy(

@@ -5,7 +5,7 @@ import math
 from planner.errors import PlanError
 from planner.layout import candidate_of
 from planner.memory import rank_memory
-from planner.plans import Plan
+from planner.plans import Plan, RankMemory
 from planner.schedule.actions import Kind, Schedule, keep_together
 from planner.schedule.families import FAMILIES
 from planner.schedule.simulation import Timeline, simulate
@@ -94,19 +94,26 @@ def _check_times(plan: Plan, timeline: Timeline) -> None:
     _same("prediction.model_flops", guess.model_flops, flops, "the model takes")
 
 
-def _check_memory(plan: Plan, timeline: Timeline) -> None:
+def memory_of(plan: Plan, timeline: Timeline) -> tuple[RankMemory, ...]:
+    """What every rank takes when the schedule runs like this, beside the capacities the plan states, shape (p,)."""
     layout = plan.layout
-    for rank, memory in enumerate(plan.prediction.memory):
-        again = rank_memory(
+    return tuple(
+        rank_memory(
             plan.stages,
             layout.rank_of_stage,
             rank,
             candidate=candidate_of(layout),
             precision=plan.precision,
             peak_activation_bytes=math.ceil(timeline.peak_activation_bytes[rank]),
-            capacity=memory.capacity_bytes,
+            capacity=stated.capacity_bytes,
             num_replicas=layout.num_replicas,
         )
+        for rank, stated in enumerate(plan.prediction.memory)
+    )
+
+
+def _check_memory(plan: Plan, timeline: Timeline) -> None:
+    for rank, (memory, again) in enumerate(zip(plan.prediction.memory, memory_of(plan, timeline), strict=True)):
         if again != memory:
             name = next(n for n in type(memory).model_fields if getattr(memory, n) != getattr(again, n))
             raise PlanError(

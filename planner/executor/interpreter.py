@@ -197,20 +197,13 @@ class Interpreter:
             output: Tensor = self._stages[index](value, store)
         loss = root = None
         if index == self._program.num_stages - 1:
-            loss = self._loss(output, microbatch)
+            loss = one_number(self._loss_fn(output, self._targets[microbatch]), microbatch)
             self._losses[microbatch] = loss.detach()
         elif output.requires_grad:
             root = get_gradient_edge(output)
         self._graphs[key] = _Graph(leaf, root, loss, store)
         self.peak_graphs = max(self.peak_graphs, len(self._graphs))
         return output
-
-    def _loss(self, output: Tensor, microbatch: int) -> Tensor:
-        loss = self._loss_fn(output, self._targets[microbatch])
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ExecutionError(f"loss_fn returned {what} for microbatch {microbatch}; it must return one number")
-        return loss
 
     def _backward(self, step: Step, received: Tensor | None) -> Tensor | None:
         """B and BW: the split ones put their weight part into the store of their forward."""
@@ -239,3 +232,11 @@ class Interpreter:
     def _weight(self, step: Step, received: Tensor | None) -> None:  # noqa: ARG002 (one signature for all kinds)
         _, index, microbatch = step.action
         self._stores.pop((index, microbatch)).run()
+
+
+def one_number(loss: object, microbatch: int) -> Tensor:
+    """What loss_fn returned for `microbatch`, if that is a loss; else ExecutionError."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ExecutionError(f"loss_fn returned {what} for microbatch {microbatch}; it must return one number")
+    return loss

@@ -179,8 +179,17 @@ class Pipeline:
             losses = self._interpreter.run(split_inputs, split_targets, must_restart)
         self._peak_buffers, self._peak_graphs = self._transport.peak_buffers, self._interpreter.peak_graphs
         loss = self._shared.mean_loss(losses)
+        return self._end_step(loss)
+
+    def _end_step(self, loss: Tensor | None, unreduced: Sequence[Stage] = ()) -> Tensor | None:
+        """Wait until gradients are what the step promises; the loss over the global batch, given this pipeline's.
+
+        `unreduced`: stages of which nobody has said that they have finished.
+        """
         if self.plan.layout.dp > 1 or self._shared:
             start = self.tracer.mark()
+            for stage in unreduced:
+                self._sync.stage_finished(stage.index)
             self._sync.finish()
             if loss is not None and self.plan.layout.dp > 1:
                 with telling_lost_peers("the mean of the loss"):

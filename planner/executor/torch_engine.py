@@ -32,11 +32,11 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from planner.errors import ExecutionError
-from planner.executor.interpreter import LossFunction
+from planner.executor.interpreter import LossFunction, one_number
 from planner.executor.pipeline import Pipeline
 from planner.executor.stage import Layer, Stage
 from planner.executor.trace import EventKind, Tracer
-from planner.executor.transport import LostPeerError, first_sentence, telling_lost_peers, tells_of_lost_peer
+from planner.executor.transport import LostPeerError, first_sentence, tells_of_lost_peer
 from planner.plans import Plan
 from planner.schedule.actions import Kind, Schedule
 from profiles.errors import PipewrightError
@@ -144,18 +144,7 @@ class TorchPipeline(Pipeline):
                 options["return_outputs"] = False
             self._runtime.step(*((inputs,) if self._has_first else ()), **options)
         loss = torch.stack(self._losses).mean() if self._losses else None
-        if self.plan.layout.dp > 1 or self._shared:
-            start = self.tracer.mark()
-            for stage in self.stages:
-                self._sync.stage_finished(stage.index)
-            self._sync.finish()
-            if loss is not None and self.plan.layout.dp > 1:
-                with telling_lost_peers("the mean of the loss"):
-                    dist.all_reduce(loss, group=self._groups.data)
-                loss /= self.plan.layout.dp
-            self.tracer.record("reduce", None, None, start, start)
-        self._failed = False
-        return loss
+        return self._end_step(loss, self.stages)
 
     def close(self) -> None:
         """As `Pipeline.close`. torch's stages hold the process group: at the interpreter's end it would be too late."""
@@ -173,12 +162,7 @@ class TorchPipeline(Pipeline):
 
     def _scaled_loss(self, output: Tensor, targets: Tensor) -> Tensor:
         """What torch differentiates; the loss itself is kept. Called in microbatch order, see `refuse_for_torch`."""
-        loss = self._loss_fn(output, targets)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ExecutionError(
-                f"loss_fn returned {what} for microbatch {len(self._losses)}; it must return one number"
-            )
+        loss = one_number(self._loss_fn(output, targets), len(self._losses))
         self._losses.append(loss.detach())
         return loss * self._scale
 

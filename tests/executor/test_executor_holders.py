@@ -1,14 +1,11 @@
 """Every family on real processes against plain torch; replicas and tied weights are one parameter everywhere."""
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from executor_cases import make_plan
+from worker_launch import found_by
 
 from planner.executor.launch import run_plan
 from planner.schedule.families import FAMILIES
@@ -18,33 +15,18 @@ WORKER = Path(__file__).with_name("holders_worker.py")
 TWICE = [name for name, family in FAMILIES.items() if family.num_replicas == 2]
 
 
-def found_by(num_processes: int, mode: str, directory: Path, *, timeout_s: float = 200) -> list[dict[str, dict]]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    done = subprocess.run(
-        [*launcher, str(WORKER), mode, str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in range(num_processes)]
-
-
 def part_of(found: list[dict[str, dict]], name: str) -> list[dict[str, dict]]:
     return [cases[name] for cases in found]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return found_by(2, "two", tmp_path_factory.mktemp("two"))
+    return found_by(WORKER, 2, "two", tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return found_by(4, "four", tmp_path_factory.mktemp("four"))
+    return found_by(WORKER, 4, "four", tmp_path_factory.mktemp("four"))
 
 
 def assert_as_in_one_process(found: list[dict[str, dict]], *, dp: int = 1) -> None:
@@ -125,7 +107,7 @@ def test_what_holders_cannot_share_is_refused_on_every_rank(two):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_family_with_every_number_of_microbatches_from_4_to_12(num_ranks, family, tmp_path):
-    found = part_of(found_by(num_ranks, family, tmp_path, timeout_s=900), "families")
+    found = part_of(found_by(WORKER, num_ranks, family, tmp_path, timeout_s=900), "families")
     assert len(found[0]) >= 4
     assert_as_in_one_process(found)
     assert_one_everywhere(found)

@@ -1,30 +1,16 @@
 """How pipelines begin and end: data ranks start alike, and nothing of gloo is left when a Pipeline has been closed."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from worker_launch import found_by
 
 WORKER = Path(__file__).with_name("lifetime_worker.py")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("lifetime")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in range(2)]
+    return found_by(WORKER, 2, tmp_path_factory.mktemp("lifetime"), may_warn=True, timeout_s=120)
 
 
 @pytest.mark.parametrize("zero", ["zero 0", "zero 1"])

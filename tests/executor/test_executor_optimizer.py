@@ -1,11 +1,7 @@
 """The optimizer's step across stages, against plain torch and against itself: real processes, float64."""
 
 import gc
-import json
 import math
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from executor_cases import loss_fn, make_batch, make_layer, make_plan
 from torch import nn
+from worker_launch import found_by, torchrun
 
 from planner.executor import Pipeline
 from planner.executor.gradient_norm import Decision, Rule, square_sum
@@ -24,29 +21,10 @@ TOLERANCE = 1e-10
 UPDATE, CLIP, SKIP = Decision.UPDATE, Decision.CLIP, Decision.SKIP
 
 
-def torchrun(num_processes: int, mode: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    return subprocess.run(
-        [*command, str(WORKER), mode, str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-
-
-def found_by(num_processes: int, mode: str, directory: Path) -> list[dict[str, dict[str, object]]]:
-    done = torchrun(num_processes, mode, directory)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in range(num_processes)]
-
-
 @pytest.fixture(scope="module", params=[(2, "two", 15), (4, "four", 18)], ids=["two processes", "four processes"])
 def found(request, tmp_path_factory):
     num_processes, mode, num_cases = request.param
-    cases = found_by(num_processes, mode, tmp_path_factory.mktemp(mode))
+    cases = found_by(WORKER, num_processes, mode, tmp_path_factory.mktemp(mode), timeout_s=250)
     assert [sum("same bits" in case for case in mine.values()) for mine in cases] == [num_cases] * num_processes
     return cases
 
@@ -93,7 +71,7 @@ def test_rank_0_begins_the_next_step_before_the_last_rank_has_made_the_one_befor
 
 
 def test_an_error_in_a_forward_before_validation_ends_the_job_and_is_told(tmp_path):
-    done = torchrun(2, "failing", tmp_path)
+    done = torchrun(WORKER, 2, "failing", tmp_path, timeout_s=250)
     assert done.returncode != 0
     assert "ArithmeticError: the loss of microbatch 0 cannot be computed" in done.stderr
 

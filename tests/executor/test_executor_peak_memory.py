@@ -1,13 +1,10 @@
 """The memory of a running plan: it does not grow with the microbatches, and a limit that was planned for holds."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from worker_launch import found_by
 
 import planner
 from planner.pipeline_costs import PipelineCosts
@@ -24,23 +21,13 @@ LOSS_BYTES = 4
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
 
 
-def found_by(mode: str, directory: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(WORKER), mode, str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **ALLOCATOR},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in range(2)]
+def found_in(mode: str, directory: Path) -> list[dict[str, Any]]:
+    return found_by(WORKER, 2, mode, directory, may_warn=True, environment=ALLOCATOR)
 
 
 def test_resident_memory_does_not_grow_with_the_microbatches(tmp_path):
     """torch's own runtime, which keeps buffers for all microbatches, shows that the measurement would see it."""
-    for cases in found_by("growth", tmp_path):
+    for cases in found_in("growth", tmp_path):
         few, many = cases["ours m=4"], cases["ours m=32"]
         assert (few["graphs"], few["buffers"]) == (many["graphs"], many["buffers"])
         assert max(few["boundary tensors"], many["boundary tensors"]) < 9
@@ -97,7 +84,7 @@ def test_a_plan_for_a_memory_limit_stays_under_it_when_run(plan, tmp_path, micro
     assert Kind.W in kinds
     given.save(tmp_path / "plan.json")
     in_flight = max(held for held, _ in peak_per_rank(given.parsed_schedule))
-    for rank, found in enumerate(found_by("limit", tmp_path)):
+    for rank, found in enumerate(found_in("limit", tmp_path)):
         memory = given.prediction.memory[rank]
         assert memory.activation_bytes <= limits[rank], (rank, memory, limits)
         # The plan counts two tensors on their way; sends that nobody has confirmed are more while the pipeline fills,

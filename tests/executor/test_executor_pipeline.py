@@ -1,7 +1,5 @@
 """The executor against plain torch: real processes, real transfers, float64."""
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +8,7 @@ import pytest
 import torch
 from executor_cases import loss_fn, make_batch, make_layer, make_plan
 from torch import nn
+from worker_launch import found_by, torchrun
 
 from planner.errors import ExecutionError, ScheduleError
 from planner.executor import Pipeline, Trace
@@ -20,39 +19,20 @@ WORKER = Path(__file__).with_name("executor_worker.py")
 TOLERANCE = 1e-10
 
 
-def torchrun(num_processes: int, mode: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    return subprocess.run(
-        [*command, str(WORKER), mode, str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-
-
-def found_by(num_processes: int, mode: str, directory: Path) -> list[dict[str, dict[str, object]]]:
-    done = torchrun(num_processes, mode, directory)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in range(num_processes)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two")
-    return found_by(2, "two", directory), directory
+    return found_by(WORKER, 2, "two", directory), directory
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    return found_by(3, "three", tmp_path_factory.mktemp("three"))
+    return found_by(WORKER, 3, "three", tmp_path_factory.mktemp("three"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return found_by(4, "four", tmp_path_factory.mktemp("four"))
+    return found_by(WORKER, 4, "four", tmp_path_factory.mktemp("four"))
 
 
 def assert_exact(found):
@@ -132,13 +112,13 @@ def test_the_trace_holds_the_planned_actions_in_order_on_one_clock(two):
 
 
 def test_an_error_in_one_process_ends_the_job_and_is_told(tmp_path):
-    done = torchrun(2, "failing_loss", tmp_path)
+    done = torchrun(WORKER, 2, "failing_loss", tmp_path)
     assert done.returncode != 0
     assert "ArithmeticError: the loss of microbatch 1 cannot be computed" in done.stderr
 
 
 def test_a_change_of_shape_is_refused_with_both_shapes(tmp_path):
-    done = torchrun(2, "changing_shape", tmp_path)
+    done = torchrun(WORKER, 2, "changing_shape", tmp_path)
     assert done.returncode != 0
     assert (
         "stage 0 made float64 [2, 2, 6] of microbatch 0, but the boundary to stage 1 was set up for float64 [2, 3, 6]"

@@ -1,16 +1,13 @@
 """Any valid schedule trains exactly; any other is refused before a process group is there."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from executor_cases import can_run, loss_fn, make_plan, random_schedule
 from torch import nn
+from worker_launch import found_by
 
 from planner.errors import ScheduleError
 from planner.executor import Pipeline
@@ -21,19 +18,8 @@ TOLERANCE = 1e-10
 
 
 def assert_exact(num_ranks: int, seeds: range, directory: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(seeds.start), str(seeds.stop), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=290,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    for rank in range(num_ranks):
-        found = json.loads((directory / f"found-{rank}.json").read_text())
+    every = found_by(WORKER, num_ranks, seeds.start, seeds.stop, directory, timeout_s=290)
+    for rank, found in enumerate(every):
         assert len(found) == len(seeds)
         for seed, case in found.items():
             where = f"seed {seed}, rank {rank}: {case}"

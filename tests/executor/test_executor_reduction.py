@@ -1,30 +1,16 @@
 """Gradients are reduced over data ranks beside the tail of the pipeline, and come out the same to the last bit."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from worker_launch import found_by
 
 WORKER = Path(__file__).with_name("reduction_worker.py")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("reduction")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in range(4)]
+    return found_by(WORKER, 4, tmp_path_factory.mktemp("reduction"), may_warn=True)
 
 
 def test_gradients_of_two_steps_are_equal_to_the_bit_with_and_without_overlap(found):

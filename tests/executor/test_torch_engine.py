@@ -1,9 +1,5 @@
 """torch's own runtime as an oracle: an engine that shares no interpreter, no transfers and no split with ours."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +7,7 @@ import torch
 from executor_cases import WIDTH, make_plan
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from worker_launch import found_by
 
 from planner.errors import ExecutionError
 from planner.executor.torch_engine import TorchPipeline, refuse_for_torch, torch_csv
@@ -21,23 +18,9 @@ WORKER = Path(__file__).with_name("torch_engine_worker.py")
 TOLERANCE = 1e-12
 
 
-def found_by(num_processes: int, mode: str, directory: Path) -> list[dict[str, dict[str, object]]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    done = subprocess.run(
-        [*command, str(WORKER), mode, str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((directory / f"found-{rank}.json").read_text()) for rank in range(num_processes)]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return found_by(2, "two", tmp_path_factory.mktemp("two"))
+    return found_by(WORKER, 2, "two", tmp_path_factory.mktemp("two"), may_warn=True)
 
 
 def assert_agreement(found) -> int:
@@ -60,11 +43,11 @@ def test_both_engines_give_the_same_losses_and_gradients_on_two_ranks(two):
 
 
 def test_both_engines_give_the_same_losses_and_gradients_on_three_ranks(tmp_path):
-    assert assert_agreement(found_by(3, "three", tmp_path)) == 3 * (13 * 2 + 2 + 12)
+    assert assert_agreement(found_by(WORKER, 3, "three", tmp_path, may_warn=True)) == 3 * (13 * 2 + 2 + 12)
 
 
 def test_both_engines_give_the_same_gradients_beside_data_parallelism(tmp_path):
-    assert assert_agreement(found_by(4, "four", tmp_path)) == 4
+    assert assert_agreement(found_by(WORKER, 4, "four", tmp_path, may_warn=True)) == 4
 
 
 def test_changed_shapes_and_shapes_that_depend_on_values_are_refused_on_every_process(two):
